@@ -1,0 +1,144 @@
+"""Rep-MoNA: linear multi-scale depthwise branches in a low-rank detour, merged into plain convolutions.
+
+It is MoNA (arXiv:2408.08345) made linear, in the spirit of structural re-parameterisation (RepVGG, arXiv:2101.03697).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from ..geometry import ConvGeometry
+from ..kernels import Chain, ConvKernel, compose_pointwise, embed_on_grid
+from ..registry import register_adapter
+from .base import Adapter, AdapterOptions, Site, exact, odd_kernels, positive, probability
+
+
+@dataclass(frozen=True)
+class RepMonaOptions(AdapterOptions):
+    """Options of ``rep_mona``.
+
+    Attributes:
+        rank: r, the width of the detour. A grouped layer shares it out: ``max(1, rank // groups)`` for each group.
+        kernel_sizes: the depthwise branches, odd, in the host's own dilation.
+        branch_norm: a BatchNorm after each branch in training; its statistics belong to the adapter and fold away.
+        scale: where the learnable scalar s starts.
+        dropout: of the detour's input, in training.
+    """
+
+    rank: int = 16
+    kernel_sizes: tuple[int, ...] = (3, 5, 7)
+    branch_norm: bool = False
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is out of range."""
+        yield from positive(self, "rank")
+        yield from probability(self, "dropout")
+        yield from odd_kernels(self.kernel_sizes)
+        if self.scale == 0:
+            yield "scale must not start at 0: with the up projection at 0 too, nothing would ever learn"
+
+
+class Branch(nn.Module):
+    """One depthwise convolution on the host's output grid, and its BatchNorm if there is one."""
+
+    def __init__(self, geometry: ConvGeometry, branch_norm: bool) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.weight = nn.Parameter(torch.empty(geometry.weight_shape()))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.norm = nn.BatchNorm2d(geometry.out_channels) if branch_norm else nn.Identity()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the branch's map, ``(N, rank, H', W')``."""
+        return self.norm(self.geometry.convolve(hidden, self.weight))
+
+    def kernel(self) -> tuple[Tensor, Tensor]:
+        """Return the weight and bias, float64, with the norm's running statistics folded in."""
+        weight = exact(self.weight)
+        if isinstance(self.norm, nn.Identity):
+            return weight, weight.new_zeros(weight.shape[0])
+        gain = exact(self.norm.weight) / (exact(self.norm.running_var) + self.norm.eps).sqrt()
+        return weight * gain.view(-1, 1, 1, 1), exact(self.norm.bias) - exact(self.norm.running_mean) * gain
+
+
+@register_adapter("rep_mona")
+class RepMona(Adapter):
+    """``f(x) = s * U( M(sum_k DW_k(D x)) + D x )``: D, M, U are 1x1, the DW_k depthwise, all linear.
+
+    Beside a layer the branches run on the layer's own output grid (its stride, dilation and padding mode; kernels
+    centred on the same pixels), so the whole detour is one more kernel of that layer. On a module's output it is a
+    chain of three plain convolutions. D and DW carry no bias: a constant would not survive a zero-padded border.
+    U starts at zero, so ``f`` does.
+
+    Reference: MoNA, arXiv:2408.08345, eq. 2-4, without the nonlinearity and the input norm.
+    """
+
+    places = ("parallel", "output")
+    Options = RepMonaOptions
+
+    def __init__(self, site: Site, options: RepMonaOptions) -> None:
+        super().__init__(site, options)
+        host = site.geometry
+        groups = host.groups
+        rank = options.rank if groups == 1 else groups * max(1, min(options.rank // groups, host.out_per_group))
+        self.down_geometry = host.pointwise(host.in_channels, rank, groups)
+        self.mix_geometry = host.pointwise(rank, rank, groups)
+        self.up_geometry = host.pointwise(rank, host.out_channels, groups)
+        inner = host.with_channels(rank, rank, groups=rank)
+        self.centre = inner.resized((1, 1))
+        self.down = nn.Parameter(torch.empty(self.down_geometry.weight_shape()))
+        self.branches = nn.ModuleList(Branch(inner.resized((k, k)), options.branch_norm) for k in options.kernel_sizes)
+        self.mix = nn.Parameter(torch.empty(self.mix_geometry.weight_shape()))
+        self.up = nn.Parameter(torch.zeros(self.up_geometry.weight_shape()))
+        self.scale = nn.Parameter(torch.full((1,), options.scale))
+        self.dropout = nn.Dropout(options.dropout)
+        for weight in (self.down, self.mix):
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+    @classmethod
+    def refuses(cls, site: Site, options: RepMonaOptions) -> str | None:
+        """Refuse places without a map of pixels."""
+        if site.geometry.linear:
+            return "its depthwise branches need an image (N, C, H, W), and this layer's channels are the last axis"
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the update, shaped like the host's output."""
+        hidden = self.down_geometry.convolve(self.dropout(x), self.down)
+        scales = reduce(torch.add, [branch(hidden) for branch in self.branches])
+        mixed = self.mix_geometry.convolve(scales, self.mix)
+        return self.up_geometry.convolve(mixed + self.centre.sample(hidden), self.up) * self.scale
+
+    def chain(self) -> Chain:
+        """Return D, one depthwise convolution that makes ``(sum_k DW_k, centre)`` of each channel, and U with M in it."""
+        grid = self.site.geometry
+        size = grid.covering(*((k, k) for k in self.options.kernel_sizes)).kernel_size
+        rank = self.down_geometry.out_channels
+        kernels = [branch.kernel() for branch in self.branches]
+        placed = sum(self._place(weight, size) for weight, _ in kernels)
+        bias = sum(bias for _, bias in kernels)
+        centre = self._place(exact(torch.ones_like(self.down[:, :1, :1, :1])), size)
+        depthwise = torch.stack([placed, centre], 1).flatten(0, 1)
+        depthwise_bias = torch.stack([bias, torch.zeros_like(bias)], 1).flatten()
+        groups = self.up_geometry.groups
+        up = exact(self.up)
+        mixed = compose_pointwise(up, exact(self.mix), groups)
+        factor = torch.stack([mixed, up], 2).flatten(1, 2) * exact(self.scale)
+        inner = grid.with_channels(rank, 2 * rank, groups=rank).resized(size)
+        return (
+            ConvKernel(exact(self.down), None, self.down_geometry),
+            ConvKernel(depthwise, depthwise_bias if self.options.branch_norm else None, inner),
+            ConvKernel(factor, None, grid.pointwise(2 * rank, grid.out_channels, groups)),
+        )
+
+    def _place(self, kernel: Tensor, size: tuple[int, int]) -> Tensor:
+        return embed_on_grid(kernel, self.site.geometry.kernel_size, size)
+

@@ -1,0 +1,42 @@
+"""Digests of a base model, layer by layer: an adapter only means something on the base it was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from . import hosting
+
+ALGORITHM = "blake2b-128"
+_COUNTERS = ("num_batches_tracked",)  # how often a norm was updated changes no output
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the digest of named tensors: names, dtypes, shapes and bytes."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        state.update(f"{name}|{plain.dtype}|{tuple(plain.shape)}|".encode())
+        state.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()) if plain.numel() else b"")
+    return state.hexdigest()
+
+
+def fingerprint(root: nn.Module) -> dict[str, str]:
+    """Return a digest for each module of the base that has tensors of its own, by module name.
+
+    The base's own values count, also where an adapter shows its own at the moment; counters of norm updates do not.
+    """
+    found: dict[str, str] = {}
+    seen: set[int] = set()
+    for name, module in hosting.base_modules(root):
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        tensors = hosting.shown_tensors(module, hosting.BASE)
+        counted = [(key, tensor) for key, tensor in tensors.items() if key not in _COUNTERS]
+        if counted:
+            found[name] = digest(counted)
+    return found

@@ -1,0 +1,287 @@
+"""One object that carries every field of a convolution, read once from a layer and never retyped."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import GeometryError
+
+Pair = tuple[int, int]
+Sides = tuple[int, int, int, int]  # top, bottom, left, right
+_FLIP = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Everything about a 2-d convolution but its numbers.
+
+    A ``Linear`` is the 1x1 convolution over the last axis (``linear=True``), so one description serves both.
+
+    Attributes:
+        padding: pixels added at the top, bottom, left and right; negative crops.
+        dynamic_kernel: ``None``, or the kernel size from which TensorFlow's ``same`` padding is worked out anew
+            for each input size; ``padding`` then comes on top of it.
+        linear: the layer is a ``Linear``: channels are the last axis.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Pair = (1, 1)
+    stride: Pair = (1, 1)
+    padding: Sides = (0, 0, 0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    padding_mode: str = "zeros"
+    dynamic_kernel: Pair | None = None
+    linear: bool = False
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> ConvGeometry:
+        """Return the geometry of a ``Conv2d`` or ``Linear`` (subclasses included).
+
+        Raises:
+            GeometryError: for any other module.
+        """
+        if isinstance(layer, nn.Linear):
+            return cls(layer.in_features, layer.out_features, linear=True)
+        if not isinstance(layer, nn.Conv2d):
+            raise GeometryError(f"{type(layer).__name__} is neither Conv2d nor Linear")
+        kernel, dilation = _pair(layer.kernel_size), _pair(layer.dilation)
+        dynamic = is_tf_same(layer)
+        return cls(
+            layer.in_channels,
+            layer.out_channels,
+            kernel,
+            _pair(layer.stride),
+            (0, 0, 0, 0) if dynamic else _sides(layer.padding, kernel, dilation),
+            dilation,
+            layer.groups,
+            layer.padding_mode,
+            kernel if dynamic else None,
+        )
+
+    @property
+    def in_per_group(self) -> int:
+        """Input channels each output channel sees."""
+        return self.in_channels // self.groups
+
+    @property
+    def out_per_group(self) -> int:
+        """Output channels in each group."""
+        return self.out_channels // self.groups
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether the layer mixes channels only: 1x1, stride 1, no padding."""
+        plain = self.kernel_size == (1, 1) and self.stride == (1, 1) and not any(self.padding)
+        return plain and self.dynamic_kernel is None
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one output position, all output channels."""
+        return self.out_channels * self.in_per_group * self.kernel_size[0] * self.kernel_size[1]
+
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """Return the shape of a weight of this geometry, ``(out, in_per_group, kh, kw)``."""
+        return (self.out_channels, self.in_per_group, *self.kernel_size)
+
+    def with_channels(self, in_channels: int, out_channels: int, groups: int | None = None) -> ConvGeometry:
+        """Return the same geometry between other channels."""
+        groups = self.groups if groups is None else groups
+        return replace(self, in_channels=in_channels, out_channels=out_channels, groups=groups)
+
+    def pointwise(self, in_channels: int, out_channels: int, groups: int = 1) -> ConvGeometry:
+        """Return a 1x1 geometry over the same kind of tensor (images, or a ``Linear``'s last axis)."""
+        return ConvGeometry(in_channels, out_channels, groups=groups, linear=self.linear)
+
+    def resized(self, kernel_size: Pair) -> ConvGeometry:
+        """Return the geometry of another kernel size, centred on the same pixels: same output size.
+
+        The padding grows (or shrinks, or crops) by the taps added on each side. When the sizes differ by an odd
+        number of taps the extra one goes to the bottom and right.
+        """
+        before = [(new - old) // 2 for new, old in zip(kernel_size, self.kernel_size, strict=True)]
+        after = [new - old - first for new, old, first in zip(kernel_size, self.kernel_size, before, strict=True)]
+        top, bottom, left, right = self.padding
+        (dh, dw) = self.dilation
+        sides = (top + dh * before[0], bottom + dh * after[0], left + dw * before[1], right + dw * after[1])
+        return replace(self, kernel_size=kernel_size, padding=sides)
+
+    def covering(self, *kernel_sizes: Pair) -> ConvGeometry:
+        """Return the smallest symmetric growth of this geometry that holds every given kernel size.
+
+        Both sides grow alike, so integer padding stays integer padding and ``'same'`` stays ``'same'``.
+        """
+        grown = [
+            old + 2 * max(0, *(-((old - size[axis]) // 2) for size in kernel_sizes))
+            for axis, old in enumerate(self.kernel_size)
+        ]
+        return self.resized((grown[0], grown[1]))
+
+    def shift_when_grown(self) -> str | None:
+        """Say why a larger kernel would look at other pixels than this one, or None when it would not.
+
+        TensorFlow's ``same`` padding is clamped at zero: a kernel that spans less than its stride gets none on some
+        input sizes, and the padding of a larger kernel then no longer grows evenly on both sides.
+        """
+        if self.dynamic_kernel is None:
+            return None
+        spans = [(k - 1) * d + 1 for k, d in zip(self.dynamic_kernel, self.dilation, strict=True)]
+        if all(span >= stride for span, stride in zip(spans, self.stride, strict=True)):
+            return None
+        return (
+            f"its TF-style 'same' padding is clamped (kernel span {tuple(spans)} below stride {self.stride}), "
+            "so a larger kernel would be centred on other pixels"
+        )
+
+    def amounts(self, height: int, width: int) -> Sides:
+        """Return the padding for an input of this size: top, bottom, left, right."""
+        if self.dynamic_kernel is None:
+            return self.padding
+        (th, bh), (lw, rw) = (
+            _tf_same(size, k, s, d)
+            for size, k, s, d in zip((height, width), self.dynamic_kernel, self.stride, self.dilation, strict=True)
+        )
+        top, bottom, left, right = self.padding
+        return (top + th, bottom + bh, left + lw, right + rw)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the convolution of ``x`` with ``weight``, every field of the geometry honoured.
+
+        Args:
+            x: ``(N, in, H, W)`` or ``(in, H, W)``; for a linear geometry ``(..., in)``.
+            weight: shape ``weight_shape()``.
+            bias: shape ``(out,)`` or None.
+        """
+        if self.linear:
+            return F.linear(x, weight.flatten(1), bias)
+        top, bottom, left, right = self.amounts(x.shape[-2], x.shape[-1])
+        if self.padding_mode == "zeros" and top == bottom >= 0 and left == right >= 0:
+            return F.conv2d(x, weight, bias, self.stride, (top, left), self.dilation, self.groups)
+        x = _pad(x, (top, bottom, left, right), self.padding_mode)
+        return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    def sample(self, x: Tensor) -> Tensor:
+        """Return the pixels a 1x1 kernel of this geometry looks at: padded or cropped, then every stride-th one."""
+        if self.is_pointwise:
+            return x
+        x = _pad(x, self.amounts(x.shape[-2], x.shape[-1]), self.padding_mode)
+        return x[..., :: self.stride[0], :: self.stride[1]]
+
+    def imprint(self, layer: nn.Module) -> None:
+        """Write this geometry onto a ``Conv2d`` in place (its weight is the caller's to set).
+
+        Raises:
+            GeometryError: if ``Conv2d`` cannot express it (uneven or negative padding).
+        """
+        if self.linear:
+            return
+        assert isinstance(layer, nn.Conv2d)
+        layer.in_channels, layer.out_channels, layer.groups = self.in_channels, self.out_channels, self.groups
+        layer.kernel_size, layer.stride, layer.dilation = self.kernel_size, self.stride, self.dilation
+        if self.dynamic_kernel is not None:
+            return
+        top, bottom, left, right = self.padding
+        layer.padding_mode = self.padding_mode
+        layer._reversed_padding_repeated_twice = [left, right, top, bottom]
+        if layer.padding == "same" and self.padding == _sides("same", self.kernel_size, self.dilation):
+            return
+        if top != bottom or left != right or min(self.padding) < 0:
+            raise GeometryError(f"padding {self.padding} (top, bottom, left, right) is not one Conv2d can express")
+        layer.padding = (top, left)
+
+    def build(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Return a plain ``Conv2d`` or ``Linear`` of this geometry that holds ``weight`` and ``bias``.
+
+        Args:
+            weight: shape ``weight_shape()``; the layer takes its dtype and device.
+            bias: shape ``(out,)`` or None.
+        """
+        has_bias = bias is not None
+        if self.linear:
+            layer: nn.Module = nn.Linear(self.in_channels, self.out_channels, has_bias, device="meta")
+            weight = weight.flatten(1)
+        else:
+            layer = nn.Conv2d(
+                self.in_channels,
+                self.out_channels,
+                self.kernel_size,
+                groups=self.groups,
+                bias=has_bias,
+                padding_mode=self.padding_mode,
+                device="meta",
+            )
+            self.imprint(layer)
+        layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        layer.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return layer
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data for an adapter file."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ConvGeometry:
+        """Return the geometry that ``to_dict`` wrote."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
+    def __str__(self) -> str:
+        if self.linear:
+            return f"{self.in_channels}→{self.out_channels}"
+        kernel = "×".join(map(str, self.kernel_size))
+        stride = "" if self.stride == (1, 1) else f" s{self.stride[0]}" if len(set(self.stride)) == 1 else f" s{self.stride}"
+        groups = "" if self.groups == 1 else f" g{self.groups}"
+        return f"{self.in_channels}→{self.out_channels} {kernel}{stride}{groups}"
+
+
+def is_tf_same(layer: nn.Module) -> bool:
+    """Return whether the layer pads as TensorFlow's ``same`` does, anew for each input size (timm's Conv2dSame)."""
+    return any(base.__name__ == "Conv2dSame" and base.__module__.startswith("timm.") for base in type(layer).__mro__)
+
+
+def _pair(value: Any) -> Pair:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _sides(padding: Any, kernel: Pair, dilation: Pair) -> Sides:
+    if padding == "valid":
+        return (0, 0, 0, 0)
+    if padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        top, left = total[0] // 2, total[1] // 2
+        return (top, total[0] - top, left, total[1] - left)
+    height, width = _pair(padding)
+    return (height, height, width, width)
+
+
+def _tf_same(size: int, kernel: int, stride: int, dilation: int) -> Pair:
+    total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    return (total // 2, total - total // 2)
+
+
+def _pad(x: Tensor, sides: Sides, mode: str) -> Tensor:
+    top, bottom, left, right = sides
+    height, width = x.shape[-2], x.shape[-1]
+    rows = slice(max(0, -top), height - max(0, -bottom))
+    columns = slice(max(0, -left), width - max(0, -right))
+    x = x[..., rows, columns]
+    grow = [max(0, left), max(0, right), max(0, top), max(0, bottom)]
+    if not any(grow):
+        return x
+    return F.pad(x, grow, mode=_FLIP[mode])
+
+
+def output_geometry(channels: int, channels_last: bool) -> ConvGeometry:
+    """Return the 1x1 geometry of an adapter that sits on a module's output of ``channels`` channels."""
+    return ConvGeometry(channels, channels, linear=channels_last)
+
+
+def random_input(geometry: ConvGeometry, size: int, generator: torch.Generator) -> Tensor:
+    """Return a small float64 input for probes: ``(2, in, size, size + 1)``, or ``(2, in)`` for a linear geometry."""
+    shape = (2, geometry.in_channels) if geometry.linear else (2, geometry.in_channels, size, size + 1)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -1,0 +1,427 @@
+"""Put adapters in, switch between them, take them out: plan first, then touch, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import hosting
+from .adapters.base import Adapter
+from .errors import AdapterConflict, SpecError, StateError
+from .planning import Plan, check_host, make_plan
+from .probing import as_inputs
+from .registry import adapter_class
+from .spec import Spec
+from .state import (
+    ATTRIBUTE,
+    AdapterRecord,
+    ModelState,
+    adapter_at,
+    find_state,
+    module_at,
+    record_of,
+    require_state,
+    slots_at,
+    unwrapped,
+)
+
+SpecLike = Spec | Mapping[str, Any] | str | Path
+_FORBIDDEN = set("./\\") | set(" \t\n")
+
+
+def as_spec(spec: SpecLike) -> Spec:
+    """Return a ``Spec`` from a spec, plain data, or the path of a spec file."""
+    if isinstance(spec, Spec):
+        return spec
+    if isinstance(spec, Mapping):
+        return Spec.from_dict(spec)
+    if isinstance(spec, (str, Path)):
+        return Spec.load(spec)
+    raise SpecError(f"a spec is a Spec, a mapping or a path, not {type(spec).__name__}")
+
+
+def plan(model: nn.Module, spec: SpecLike, *, example_inputs: Any = None) -> Plan:
+    """Return what ``inject`` would do, printable; the model is not touched.
+
+    Args:
+        model: any module.
+        spec: a ``Spec``, plain data, or the path of a spec file.
+        example_inputs: inputs to run a copy of the model on where only that tells the channels of a block's output.
+
+    Raises:
+        SpecError: all problems of the spec at once (a subclass when all are of one sort).
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+        >>> plan(model, {"rules": [{"match": "0", "kind": "lora", "rank": 2}]}).adapter_parameters
+        70
+    """
+    return make_plan(unwrapped(model), as_spec(spec), example_inputs)
+
+
+def inject(model: nn.Module, spec: SpecLike, *, name: str = "default", example_inputs: Any = None) -> Plan:
+    """Put the adapters a spec asks for into the model in place, freeze the rest, and return the plan as a report.
+
+    The new adapter is the active one afterwards. It starts as the identity: no output changes. Adapters already in the
+    model stay, inactive. Everything that can fail is done before the first change.
+
+    Args:
+        model: any module; it stays the same object, and so does every layer in it.
+        spec: a ``Spec``, plain data, or the path of a spec file.
+        name: under which the adapter is switched, saved and ejected.
+        example_inputs: see ``plan``.
+
+    Raises:
+        SpecError: all problems of the spec at once.
+        StateError: if the name is taken or unusable.
+        HostError: if a module does not allow its class to be extended.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+        >>> report = inject(model, {"rules": [{"match": "0", "kind": "lora", "rank": 2}]}, name="screw")
+        >>> [n for n, p in model.named_parameters() if p.requires_grad]
+        ['0.convpeft.screw.down', '0.convpeft.screw.up']
+    """
+    root = unwrapped(model)
+    _check_name(root, name)
+    report = make_plan(root, as_spec(spec), example_inputs)
+    layers = {layer.name: layer.record() for layer in report.layers}
+    record = AdapterRecord(report.spec, layers, dict(report.owned), report.norm)
+    install(root, name, record, build(root, report))
+    return report
+
+
+@dataclass
+class Built:
+    """Everything an adapter needs, made before the model is touched."""
+
+    adapters: dict[str, Adapter]
+    drawers: dict[str, hosting.Tensors]
+
+
+def build(root: nn.Module, report: Plan) -> Built:
+    """Return the adapters and copied tensors of a plan, on the device and in the dtype of their hosts."""
+    adapters: dict[str, Adapter] = {}
+    for layer in report.layers:
+        device, dtype = hosting.device_and_dtype([module_at(root, layer.name), root])
+        with torch.device(device):
+            adapter = adapter_class(layer.kind)(layer.site, layer.options)
+        adapters[layer.name] = adapter.to(dtype=dtype).train(module_at(root, layer.name).training)
+    drawers: dict[str, hosting.Tensors] = {}
+    for name in report.owned:
+        drawers[name] = copied_base(root, name)
+    return Built(adapters, drawers)
+
+
+def copied_base(root: nn.Module, name: str) -> hosting.Tensors:
+    """Return copies of the base's own tensors of a module, whichever adapter is shown at the moment."""
+    module = module_at(root, name)
+    drawer = hosting.Tensors()
+    for key, tensor in hosting.shown_tensors(module, hosting.BASE).items():
+        copied = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            drawer._parameters[key] = nn.Parameter(copied, requires_grad=copied.is_floating_point())
+        else:
+            drawer._buffers[key] = copied
+    return drawer
+
+
+def install(root: nn.Module, name: str, record: AdapterRecord, built: Built) -> None:
+    """Put built parts into the model under ``name`` and make it the active adapter, in place, or change nothing."""
+    state = find_state(root)
+    before = _Before(root, state)
+    if state is None:
+        state = ModelState(requires_grad={key: p.requires_grad for key, p in root.named_parameters(remove_duplicate=False)})
+        state.norms = [key for key, module in _unique(root) if hosting.is_batchnorm_like(module)]
+    wanted = _swapped_by(root, state, record)
+    for key in wanted:
+        check_host(module_at(root, key), key)
+    try:
+        for key in wanted:
+            hosting.adapt(module_at(root, key))
+            if key not in state.swapped:
+                state.swapped.append(key)
+        for key, adapter in built.adapters.items():
+            slots = slots_at(root, key)
+            slots[name] = adapter
+            slots.outputs[name] = record.layers[key].output
+        for key, drawer in built.drawers.items():
+            hosting.add_owner(module_at(root, key), name, drawer)
+        state.adapters[name] = record
+        root.__dict__[ATTRIBUTE] = state
+        for parameter in root.parameters():
+            parameter.requires_grad_(False)
+        _switch(root, state, (name,))
+        _train_only_active(root, state)
+    except BaseException:
+        before.return_to(root, name)
+        raise
+
+
+def _swapped_by(root: nn.Module, state: ModelState, record: AdapterRecord) -> list[str]:
+    """Return every module whose class must be swapped: hosts, owners, norms, and parents that could fuse hosts away."""
+    hosts = [*record.layers, *record.owned]
+    wanted = dict.fromkeys([*hosts, *state.norms])
+    for key, module in _unique(root):
+        fuses = any(callable(getattr(hosting.base_class(module), method, None)) for method in hosting.FUSING_METHODS)
+        if fuses and any(not key or host == key or host.startswith(key + ".") for host in record.layers):
+            wanted[key] = None
+    return list(wanted)
+
+
+class _Before:
+    """What an interrupted install has to give back."""
+
+    def __init__(self, root: nn.Module, state: ModelState | None) -> None:
+        self.fresh = state is None
+        self.active = () if state is None else state.active
+        self.requires_grad = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+        self.swapped = {id(module) for _, module in _unique(root) if hosting.slots_of(module) is not None}
+
+    def return_to(self, root: nn.Module, name: str) -> None:
+        state = find_state(root)
+        if state is not None and not self.fresh:
+            _switch(root, state, self.active)
+        for key, module in _unique(root):
+            slots = hosting.slots_of(module)
+            if slots is None:
+                continue
+            _take_out(module, name)
+            if id(module) not in self.swapped:
+                hosting.restore(module)
+                if state is not None and key in state.swapped:
+                    state.swapped.remove(key)
+        if state is not None:
+            state.adapters.pop(name, None)
+            if self.fresh:
+                root.__dict__.pop(ATTRIBUTE, None)
+        for parameter, flag in self.requires_grad:
+            parameter.requires_grad_(flag)
+
+
+def eject(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take out one adapter, or all of them (``name=None``), in place, and return the model.
+
+    With the last one everything is as it was before the first ``inject``, bit for bit: classes, tensors, the order of
+    the state_dict's keys, and each parameter's ``requires_grad``. A model without adapters is returned as it is.
+
+    Raises:
+        UnknownAdapter: if no adapter has that name.
+    """
+    root = unwrapped(model)
+    state = find_state(root)
+    if state is None:
+        if name is not None:
+            require_state(root)
+        return model
+    names = list(state.adapters) if name is None else [name]
+    for each in names:
+        record_of(state, each)
+    _switch(root, state, tuple(active for active in state.active if active not in names))
+    for each in names:
+        record = state.adapters.pop(each)
+        for key in dict.fromkeys([*record.layers, *record.owned]):
+            _take_out(module_at(root, key), each)
+    if state.adapters:
+        _train_only_active(root, state)
+        return model
+    for key in state.swapped:
+        hosting.restore(module_at(root, key))
+    del root.__dict__[ATTRIBUTE]
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    for key, flag in state.requires_grad.items():
+        if key in parameters:
+            parameters[key].requires_grad_(flag)
+    return model
+
+
+def _take_out(module: nn.Module, name: str) -> None:
+    slots = hosting.slots_of(module)
+    if slots is None:
+        return
+    slots._modules.pop(name, None)
+    slots.outputs.pop(name, None)
+    slots.active = tuple(active for active in slots.active if active != name)
+    if name in slots.owners:
+        hosting.remove_owner(module, name)
+
+
+def set_active(model: nn.Module, names: str | Iterable[str] | None) -> None:
+    """Choose the adapters that take part from now on, in place: one, several (their sum), or None (the bare base).
+
+    Only bookkeeping and exchange by reference: nothing is copied. The active adapters are the ones that train.
+
+    Raises:
+        UnknownAdapter: if a name is not in the model.
+        AdapterConflict: if two of them bring their own values of the same tensors.
+    """
+    root, state = require_state(model)
+    _switch(root, state, _names(state, names))
+    _train_only_active(root, state)
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the active adapters, in order; empty for the bare base or a model without adapters."""
+    state = find_state(model)
+    return () if state is None else state.active
+
+
+@contextmanager
+def using(model: nn.Module, names: str | Iterable[str] | None) -> Iterator[nn.Module]:
+    """Switch to other adapters inside a ``with`` block, and back at its end.
+
+    Raises:
+        UnknownAdapter, AdapterConflict: as ``set_active`` does.
+    """
+    root, state = require_state(model)
+    before = state.active
+    _switch(root, state, _names(state, names))
+    try:
+        yield model
+    finally:
+        _switch(root, state, tuple(name for name in before if name in state.adapters))
+
+
+def disabled(model: nn.Module) -> Any:
+    """Run the bare base inside a ``with`` block: ``using(model, None)``."""
+    return using(model, None)
+
+
+def _names(state: ModelState, names: str | Iterable[str] | None) -> tuple[str, ...]:
+    wanted = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+    for name in wanted:
+        record_of(state, name)
+    if len(set(wanted)) < len(wanted):
+        raise StateError(f"an adapter is named twice in {list(wanted)}")
+    owner: dict[str, str] = {}
+    for name in wanted:
+        for key in state.adapters[name].owned:
+            if key in owner:
+                raise AdapterConflict(
+                    f"{owner[key]!r} and {name!r} both bring their own weights of {key!r}; they can be active one at a "
+                    "time, not together. Train them with adapters only (no unfreeze there) to add them up."
+                )
+            owner[key] = name
+    return wanted
+
+
+def _switch(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
+    """Make ``names`` the active adapters: which run, whose tensors are shown, which norms are held."""
+    owner = {key: name for name in names for key in state.adapters[name].owned}
+    adapts = any(state.adapters[name].norm == "adapt" for name in names)
+    norms = set(state.norms)
+    for key in state.swapped:
+        module = module_at(root, key)
+        slots = slots_at(root, key)
+        slots.active = tuple(name for name in names if name in slots._modules)
+        hosting.show(module, owner.get(key))
+        if key in norms:
+            hosting.hold(module, not adapts)
+    state.active = names
+
+
+def _train_only_active(root: nn.Module, state: ModelState) -> None:
+    """Let exactly the active adapters' parameters, and their own values of unfrozen tensors, require gradients."""
+    for name, record in state.adapters.items():
+        flag = name in state.active
+        for key in record.layers:
+            adapter_at(root, key, name).requires_grad_(flag)
+        for key in record.owned:
+            for tensor in hosting.shown_tensors(module_at(root, key), name).values():
+                if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                    tensor.requires_grad_(flag)
+
+
+def _unique(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the user's modules, each once, under its first name."""
+    seen: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in hosting.base_modules(root):
+        seen.setdefault(id(module), (name, module))
+    return list(seen.values())
+
+
+def _check_name(root: nn.Module, name: str) -> None:
+    if not isinstance(name, str) or not name or name.startswith("_") or set(name) & _FORBIDDEN:
+        raise StateError(f"{name!r} is no adapter name: use a text without dots, slashes or blanks that does not begin with '_'")
+    state = find_state(root)
+    if state is not None and name in state.adapters:
+        raise StateError(
+            f"an adapter {name!r} is already in the model. Take another name, or convpeft.eject(model, {name!r}) first."
+        )
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Which adapters ran in one forward pass; print it.
+
+    Attributes:
+        called: ``layer: adapter name`` of each that ran.
+        never_called: of each that did not.
+    """
+
+    called: tuple[str, ...]
+    never_called: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every active adapter ran."""
+        return not self.never_called
+
+    def __str__(self) -> str:
+        if self.ok:
+            return f"all {len(self.called)} active adapters were called"
+        lines = "\n".join(f"  {entry}" for entry in self.never_called)
+        return (
+            f"{len(self.never_called)} of {len(self.called) + len(self.never_called)} active adapters were never called:\n{lines}\n"
+            "Either the layer did not run on these inputs, or its parent reads the layer's weight itself: put the "
+            "adapter on the parent's output instead (place: output)."
+        )
+
+
+def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport:
+    """Run one forward pass and name every active adapter that was never called.
+
+    The pass runs in eval mode without gradients, and each module's mode is as before afterwards.
+
+    Args:
+        model: an injected model.
+        inputs, kwargs: what the model is called with.
+
+    Raises:
+        StateError: if nothing is injected or no adapter is active.
+    """
+    root, state = require_state(model)
+    if not state.active:
+        raise StateError("no adapter is active, so none could be called: convpeft.set_active(model, name) first")
+    watched = [
+        (f"{key or '(root)'}: {name}", adapter_at(root, key, name))
+        for name in state.active
+        for key in state.adapters[name].layers
+    ]
+    called: set[str] = set()
+
+    def note(label: str) -> Any:
+        return lambda module, args, output: called.add(label)
+
+    handles = [adapter.register_forward_hook(note(label)) for label, adapter in watched]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            model(*as_inputs(inputs), **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    labels = [label for label, _ in watched]
+    return CheckReport(tuple(label for label in labels if label in called), tuple(label for label in labels if label not in called))

@@ -1,0 +1,280 @@
+"""One adapted layer at a time: in which form it merges, the merged kernels, and the probe that must agree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import hosting
+from .adapters.base import Adapter, exact
+from .errors import GeometryError, MergeError
+from .geometry import ConvGeometry, random_input
+from .kernels import Chain, ConvKernel, add_kernels, compose
+
+Form = Literal["absorbed", "single", "factored", "kept"]
+TOLERANCE = 1e-12  # relative to the largest output, in float64
+BESIDE, AFTER = "beside", "after"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapted layer with its active adapters, and the module that takes the merged result.
+
+    Attributes:
+        name: of the adapted module.
+        target_name: of the module that takes the result: itself, or the last step of a Sequential.
+        layer, target: the two modules.
+        adapters: active ones on this layer, in order.
+        entry: the adapted entry of the module's output.
+    """
+
+    name: str
+    target_name: str
+    layer: nn.Module
+    target: nn.Module
+    adapters: tuple[Adapter, ...]
+    entry: int | str | None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a job comes to.
+
+    Attributes:
+        form: ``absorbed`` (same kernel size), ``single`` (one larger kernel), ``factored`` (plain chains added) or ``kept``.
+        kernel: of the merged layer, for the first two; for ``single`` on an output the one convolution to add.
+        chains: to add, for ``factored``.
+        beside: the chains read the layer's input (else its output).
+        before, after: what is shown of the layer's kernels.
+        macs_before, macs_single, macs_factored: multiply-accumulates for one output position; None when there is no such form.
+        reason: why this form, or why none.
+    """
+
+    form: Form
+    kernel: ConvKernel | None = None
+    chains: tuple[Chain, ...] = ()
+    beside: bool = True
+    before: str = "–"
+    after: str = "–"
+    macs_before: int = 0
+    macs_single: int | None = None
+    macs_factored: int | None = None
+    reason: str = ""
+
+    @property
+    def macs_after(self) -> int | None:
+        """Of the chosen form."""
+        return self.macs_factored if self.form == "factored" else self.macs_single
+
+    def kept(self, reason: str) -> Merged:
+        """Return the same layer, not merged, with the reason."""
+        return replace(self, form="kept", kernel=None, chains=(), reason=reason)
+
+
+def solve(job: Job, form: str) -> Merged:
+    """Return the merged form of a layer's active adapters; ``kept`` with a reason when there is none.
+
+    Args:
+        job: the layer.
+        form: ``auto`` takes fewer multiply-accumulates, ``single`` and ``factored`` insist. A kernel that does not grow
+            is absorbed in any case: nothing is cheaper.
+    """
+    refused = Merged("kept", before=type_of(job.target))
+    try:
+        beside = [adapter.chain() for adapter in job.adapters if adapter.site.place == "parallel"]
+        after = [adapter.chain() for adapter in job.adapters if adapter.site.place == "output"]
+    except (MergeError, GeometryError) as error:
+        return refused.kept(str(error))
+    kernels = [step for chain in (*beside, *after) for step in chain]
+    if not all(torch.isfinite(k.weight).all() and (k.bias is None or torch.isfinite(k.bias).all()) for k in kernels):
+        return refused.kept("an adapter has non-finite weights")
+    host = host_kernel(job.target)
+    if host is None and isinstance(job.target, (nn.Conv2d, nn.Linear)):
+        return refused.kept("its weight is not a plain parameter (parametrised, weight-normed or pruned)")
+    if host is not None and not torch.isfinite(host.weight).all():
+        return refused.kept("its own weight is not finite")
+    if host is not None and job.entry is None and _is_foldable(host, after):
+        beside += [(compose([host, *chain]),) for chain in after]
+        return _beside(host, beside, form)
+    if beside and after:
+        return refused.kept("it has adapters beside it and on its output that do not fold into one kernel")
+    return _beside(host, beside, form) if beside and host else _after(job, after, form)
+
+
+def host_kernel(layer: nn.Module) -> ConvKernel | None:
+    """Return a Conv2d's or Linear's own kernel in float64, or None for other modules and computed weights."""
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)) or layer._parameters.get("weight") is None:
+        return None
+    geometry = ConvGeometry.of(layer)
+    weight = exact(layer.weight).reshape(geometry.weight_shape())
+    return ConvKernel(weight, None if layer.bias is None else exact(layer.bias), geometry)
+
+
+def type_of(module: nn.Module) -> str:
+    """Return the name of a module's own class."""
+    return hosting.base_class(module).__name__
+
+
+def _is_foldable(host: ConvKernel, after: Sequence[Chain]) -> bool:
+    """Whether output chains fold into the layer whose output they read: 1x1 after anything, groups alike."""
+    return all(step.geometry.is_pointwise and step.geometry.groups == host.geometry.groups for c in after for step in c)
+
+
+def _beside(host: ConvKernel, chains: Sequence[Chain], form: str) -> Merged:
+    geometry = host.geometry
+    factored = geometry.macs + sum(chain_macs(chain) for chain in chains)
+    base = Merged("kept", before=str(geometry), macs_before=geometry.macs)
+    try:
+        single = add_kernels(host, [compose(chain) for chain in chains])
+    except GeometryError as error:
+        return base.kept(str(error))
+    rows = replace(base, macs_single=single.geometry.macs, macs_factored=factored)
+    if single.geometry == geometry:
+        return replace(rows, form="absorbed", kernel=single, after=str(geometry), reason="the kernel does not grow")
+    if form == "single" or (form == "auto" and single.geometry.macs <= factored):
+        reason = "asked for" if form == "single" else "one kernel costs no more than the chain"
+        return replace(rows, form="single", kernel=single, after=str(single.geometry), reason=reason)
+    plain = tuple(_on_host_grid(chain, geometry) for chain in chains)
+    reason = "asked for" if form == "factored" else f"one kernel ({single.geometry}) would cost more"
+    after = f"{geometry} + {' + '.join(describe(chain) for chain in plain)}"
+    return replace(rows, form="factored", chains=plain, after=after, reason=reason)
+
+
+def _after(job: Job, chains: Sequence[Chain], form: str) -> Merged:
+    factored = sum(chain_macs(chain) for chain in chains)
+    single = _one_kernel(chains)
+    rows = Merged("kept", beside=False, before=type_of(job.target), macs_single=single and single.geometry.macs, macs_factored=factored)
+    if single is not None and (form == "single" or (form == "auto" and single.geometry.macs <= factored)):
+        after = f"{type_of(job.target)} + {single.geometry}"
+        return replace(rows, form="single", chains=((single,),), after=after, reason="one convolution on the output")
+    after = f"{type_of(job.target)} + {' + '.join(describe(chain) for chain in chains)}"
+    return replace(rows, form="factored", chains=tuple(chains), after=after, reason="a plain chain on the output")
+
+
+def _one_kernel(chains: Sequence[Chain]) -> ConvKernel | None:
+    first, *rest = (compose(chain) for chain in chains)
+    smallest = replace(first.geometry.resized((1, 1)))
+    start = ConvKernel(first.weight.new_zeros(smallest.weight_shape()), None, smallest)
+    return add_kernels(start, [first, *rest])
+
+
+def chain_macs(chain: Chain) -> int:
+    """Return multiply-accumulates for one output position; steps before a stride run that much more often."""
+    total = 0
+    for position, step in enumerate(chain):
+        more_often = 1
+        for later in chain[position + 1 :]:
+            more_often *= later.geometry.stride[0] * later.geometry.stride[1]
+        total += step.geometry.macs * more_often
+    return total
+
+
+def describe(chain: Chain) -> str:
+    """Return a chain as text."""
+    return " · ".join(str(step.geometry) for step in chain)
+
+
+def _on_host_grid(chain: Chain, host: ConvGeometry) -> Chain:
+    """TF-style padding of a grown kernel is worked out from the grown kernel itself."""
+    if host.dynamic_kernel is None:
+        return chain
+    return tuple(
+        ConvKernel(step.weight, step.bias, replace(step.geometry, dynamic_kernel=step.geometry.kernel_size, padding=(0, 0, 0, 0)))
+        if step.geometry.dynamic_kernel is not None
+        else step
+        for step in chain
+    )
+
+
+def merged_layer(layer: nn.Module, kernel: ConvKernel) -> nn.Module:
+    """Return a plain copy of a layer, of its own class, that holds ``kernel`` in float64 on the CPU."""
+    plain = plain_copy(layer)
+    kernel.geometry.imprint(plain)
+    weight = kernel.weight.cpu()
+    plain.weight = nn.Parameter(weight.flatten(1) if kernel.geometry.linear else weight, requires_grad=False)
+    if kernel.bias is not None:
+        plain.bias = nn.Parameter(kernel.bias.cpu(), requires_grad=False)
+    return plain
+
+
+def plain_chain(chain: Chain, like: nn.Module) -> nn.Sequential:
+    """Return a chain as a Sequential of plain float64 layers; TF-style padding takes the host's own class."""
+    steps = []
+    for step in chain:
+        if step.geometry.dynamic_kernel is None:
+            steps.append(step.geometry.build(step.weight.cpu(), None if step.bias is None else step.bias.cpu()))
+        else:
+            own = merged_layer(like, step)
+            if step.bias is None:
+                own.bias = None
+            steps.append(own)
+    return nn.Sequential(*steps)
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """Return a copy without adapters, values as shown, in float64 on the CPU and in eval mode."""
+    copied = copy.deepcopy(module)
+    hosting.settle(copied)
+    hosting.restore(copied)
+    return copied.to(device="cpu", dtype=torch.float64).eval()
+
+
+def probe(job: Job, merged: Merged) -> tuple[nn.Module | None, list[nn.Sequential]]:
+    """Build the merged parts in float64 and run them against the adapted layer on a random input.
+
+    Returns:
+        The merged layer (for kernels that replace the layer's), and the chains to add.
+
+    Raises:
+        MergeError: if the two outputs differ by more than rounding; the text gives both numbers.
+    """
+    chains = [plain_chain(chain, job.target) for chain in merged.chains]
+    layer = None if merged.kernel is None else merged_layer(job.target, merged.kernel)
+    adapters = [copy.deepcopy(adapter).to(device="cpu", dtype=torch.float64).eval() for adapter in job.adapters]
+    reference, candidate = _runs(job, merged, layer, chains, adapters)
+    geometry = adapters[0].site.geometry
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        x = random_input(_probe_geometry(job, merged, geometry), _probe_size(geometry, merged), generator)
+        expected, got = reference(x), candidate(x)
+    difference = float((expected - got).abs().max()) if expected.shape == got.shape else float("inf")
+    scale = float(expected.abs().max())
+    if not difference <= TOLERANCE * scale:
+        raise MergeError(
+            f"the merged layer does not compute what the adapted one does: largest output {scale:.6g}, largest difference "
+            f"{difference:.3g}, allowed {TOLERANCE * scale:.1g}. Its forward is not the convolution of its weight alone"
+        )
+    return layer, chains
+
+
+def _runs(
+    job: Job, merged: Merged, layer: nn.Module | None, chains: Sequence[nn.Module], adapters: Sequence[Adapter]
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Return two functions of the same input: the layer as adapted, and as merged."""
+    if layer is None and not merged.beside:  # on a block's output: the block is the same in both, so only what is added
+        return lambda z: sum(adapter(z) for adapter in adapters), lambda z: sum(chain(z) for chain in chains)
+    own = plain_copy(job.target)
+    if job.target is job.layer:
+        adapted = copy.deepcopy(job.layer).to(device="cpu", dtype=torch.float64).eval()
+    else:
+        adapted = lambda x: (lambda z: z + sum(adapter(z) for adapter in adapters))(own(x))  # noqa: E731
+    if layer is not None:
+        return adapted, layer
+    return adapted, lambda x: own(x) + sum(chain(x) for chain in chains)
+
+
+def _probe_geometry(job: Job, merged: Merged, geometry: ConvGeometry) -> ConvGeometry:
+    return ConvGeometry.of(job.target) if merged.kernel is not None else geometry
+
+
+def _probe_size(geometry: ConvGeometry, merged: Merged) -> int:
+    """Return a size at which every padding is smaller than the input and a few pixels are no border."""
+    kernels = [step.geometry for chain in merged.chains for step in chain]
+    kernels += [merged.kernel.geometry] if merged.kernel else []
+    spans = [(k - 1) * d + 1 for g in (geometry, *kernels) for k, d in zip(g.kernel_size, g.dilation, strict=True)]
+    return max([*spans, *(side + 1 for g in kernels for side in g.padding)]) + 2 * max(geometry.stride) + 1

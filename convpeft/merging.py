@@ -1,0 +1,284 @@
+"""Fold adapters into plain layers: plan every layer, probe every layer, and only then touch the model."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import hosting
+from .errors import HostError, MergeError, OptionError
+from .merge_forms import AFTER, BESIDE, Form, Job, Merged, probe, solve, type_of
+from .reports import table
+from .state import ATTRIBUTE, ModelState, adapter_at, module_at, require_state
+
+FORMS = ("auto", "single", "factored")
+
+
+@dataclass(frozen=True)
+class MergeRow:
+    """How one layer merges.
+
+    Attributes:
+        name: of the adapted module.
+        form: ``absorbed`` into its kernel, one larger ``single`` kernel, a ``factored`` chain of plain layers, or ``kept``.
+        kernel_before, kernel_after: in words.
+        macs_before, macs_after: multiply-accumulates for one output position (0 before, for a block's output).
+        macs_single, macs_factored: what either form would cost; None where there is no such form.
+        reason: why this form, or why it cannot merge.
+    """
+
+    name: str
+    form: Form
+    kernel_before: str
+    kernel_after: str
+    macs_before: int
+    macs_after: int | None
+    macs_single: int | None
+    macs_factored: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What ``merge`` would do with each layer; print it.
+
+    Attributes:
+        rows: in module order.
+        active: the adapters that would be merged.
+    """
+
+    rows: tuple[MergeRow, ...]
+    active: tuple[str, ...]
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Layers that cannot merge, with the reasons."""
+        return {row.name: row.reason for row in self.rows if row.form == "kept"}
+
+    def __str__(self) -> str:
+        forms = Counter(row.form for row in self.rows)
+        counts = ", ".join(f"{count} {form}" for form, count in forms.items()) or "no adapted layers"
+        head = f"merge of {', '.join(self.active) or 'the bare base'}: {counts}; MACs are for one output position"
+        cells = [
+            (r.name or "(root)", r.form, r.kernel_before, r.kernel_after, f"{r.macs_before:,}", *map(_count, (r.macs_after, r.macs_single, r.macs_factored)), r.reason)
+            for r in self.rows
+        ]
+        titles = ("layer", "form", "kernel before", "kernel after", "MACs before", "after", "if single", "if factored", "why")
+        return f"{head}\n{table(titles, cells)}" if cells else head
+
+
+def plan_merge(model: nn.Module, *, form: str = "auto") -> MergePlan:
+    """Return how each layer with active adapters would merge; the model is not touched.
+
+    Args:
+        model: an injected model.
+        form: ``auto`` (fewer multiply-accumulates), ``single`` (one kernel) or ``factored`` (a chain of plain layers).
+
+    Raises:
+        StateError: if nothing is injected.
+    """
+    root, state = require_state(model)
+    _check_form(form)
+    rows = []
+    for job in _jobs(root, state):
+        merged = solve(job, form)
+        rows.append(
+            MergeRow(
+                job.name,
+                merged.form,
+                merged.before,
+                merged.after,
+                merged.macs_before,
+                None if merged.form == "kept" else merged.macs_after,
+                merged.macs_single,
+                merged.macs_factored,
+                merged.reason,
+            )
+        )
+    return MergePlan(tuple(rows), state.active)
+
+
+def merge(model: nn.Module, *, form: str = "auto", inplace: bool = False, strict: bool = True) -> nn.Module:
+    """Return the model with its active adapters folded into plain layers (a copy, unless ``inplace``).
+
+    Every layer is worked out in float64, probed against the adapted layer on a random input, and cast once; only when
+    all of them agree is anything changed. Merged layers are of the base's exact classes. A ``factored`` layer keeps its
+    own kernel and gets a chain of plain convolutions as a child (``beside`` it, or ``after`` it), added by a forward
+    hook; ``form="single"`` leaves no trace at all. Inactive adapters are dropped.
+
+    Args:
+        model: an injected model.
+        form: see ``plan_merge``.
+        inplace: change the given model, to save memory.
+        strict: refuse if any layer cannot merge; otherwise such layers stay adapted.
+
+    Raises:
+        MergeError: naming every layer that cannot merge, with its reason; the model is as it was.
+        StateError: if nothing is injected (a merged model has no adapters left).
+    """
+    require_state(model)
+    _check_form(form)
+    model = model if inplace else copy.deepcopy(model)
+    root, state = require_state(model)
+    reasons: dict[str, str] = {}
+    finished: list[tuple[Job, Merged, nn.Module | None, list[nn.Sequential]]] = []
+    for job in _jobs(root, state):
+        merged = solve(job, form)
+        try:
+            if merged.form == "kept":
+                raise MergeError(merged.reason)
+            layer, chains = probe(job, merged)
+            finished.append((job, merged, *_cast(job, layer, chains)))
+        except MergeError as error:
+            reasons[job.name] = str(error)
+    if reasons and strict:
+        lines = "\n".join(f"  {name or '(root)'}: {reason}" for name, reason in reasons.items())
+        raise MergeError(
+            f"{len(reasons)} of {len(reasons) + len(finished)} layers cannot merge; the model is unchanged.\n{lines}\n"
+            "merge(model, strict=False) merges the others and keeps these adapted.",
+            reasons,
+        )
+    _drop_adapters(root, state, set(reasons))
+    for job, merged, layer, chains in finished:
+        _put(job, merged, layer, chains)
+    return model
+
+
+def _jobs(root: nn.Module, state: ModelState) -> list[Job]:
+    """Return every layer with active adapters, and the module that would take the merged result."""
+    names = [name for name, _ in hosting.base_modules(root)]
+    adapted = {key for active in state.active for key in state.adapters[active].layers}
+    jobs: list[Job] = []
+    for name in sorted(adapted, key=names.index):
+        layer = module_at(root, name)
+        adapters = tuple(adapter_at(root, name, a) for a in state.active if name in state.adapters[a].layers)
+        entries = [state.adapters[a].layers[name].output for a in state.active if name in state.adapters[a].layers]
+        target_name, target = name, layer
+        while hosting.base_class(target).forward is nn.Sequential.forward and len(target):  # type: ignore[arg-type]
+            step = [key for key in target._modules if key != hosting.SLOT][-1]
+            target_name = f"{target_name}.{step}" if target_name else step
+            target = target._modules[step]  # type: ignore[assignment]
+        taken = target_name in adapted or any(job.target is target for job in jobs) or _is_shared(root, target)
+        if target is not layer and taken:
+            target_name, target = name, layer
+        jobs.append(Job(name, target_name, layer, target, adapters, entries[0]))
+    return jobs
+
+
+def _is_shared(root: nn.Module, module: nn.Module) -> bool:
+    return sum(other is module for _, other in hosting.base_modules(root)) > 1
+
+
+def _cast(job: Job, layer: nn.Module | None, chains: list[nn.Sequential]) -> tuple[nn.Module | None, list[nn.Sequential]]:
+    """Bring float64 parts to the host's device and dtype: the one rounding of a merge."""
+    if layer is None and base_is_sequential(job.target):
+        raise MergeError(
+            "it is a Sequential whose last step cannot take the chain (it is adapted itself, or shared): put the "
+            "adapter on that step's output"
+        )
+    device, dtype = hosting.device_and_dtype([job.adapters[0]])
+    parts = [part.to(device=device, dtype=dtype) for part in ([layer] if layer is not None else []) + chains]  # type: ignore[operator]
+    if not all(torch.isfinite(p).all() for part in parts for p in part.parameters()):
+        raise MergeError(f"its merged weights overflow {dtype}")
+    return layer, chains
+
+
+def base_is_sequential(module: nn.Module) -> bool:
+    """Whether a module runs its children in turn, so that an extra child would become a step."""
+    return isinstance(module, (nn.Sequential, nn.ModuleDict))
+
+
+def _drop_adapters(root: nn.Module, state: ModelState, kept: set[str]) -> None:
+    """Take all adapters out but those on ``kept`` layers; what the active ones unfroze becomes the base's own."""
+    for name, record in state.adapters.items():
+        for key in record.layers:
+            if name not in state.active or key not in kept:
+                slots = hosting.slots_of(module_at(root, key))
+                assert slots is not None
+                slots._modules.pop(name, None)
+                slots.outputs.pop(name, None)
+                slots.active = tuple(active for active in slots.active if active != name)
+    for key in state.swapped:
+        hosting.settle(module_at(root, key))
+    if not kept:
+        for key in state.swapped:
+            hosting.restore(module_at(root, key))
+        del root.__dict__[ATTRIBUTE]
+        _restore_requires_grad(root, state)
+        return
+    for name in list(state.adapters):
+        record = state.adapters[name]
+        record.owned.clear()
+        record.layers = {key: layer for key, layer in record.layers.items() if key in kept}
+        if name not in state.active or not record.layers:
+            del state.adapters[name]
+    state.active = tuple(name for name in state.active if name in state.adapters)
+
+
+def _restore_requires_grad(root: nn.Module, state: ModelState) -> None:
+    for key, parameter in root.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(state.requires_grad.get(key, False))
+
+
+def _put(job: Job, merged: Merged, layer: nn.Module | None, chains: list[nn.Sequential]) -> None:
+    """Write the merged parts onto the target, in place."""
+    target = job.target
+    if layer is not None:
+        assert merged.kernel is not None
+        trains = target.weight.requires_grad
+        merged.kernel.geometry.imprint(target)
+        target.weight = nn.Parameter(layer.weight.detach(), requires_grad=trains)  # type: ignore[union-attr]
+        if layer.bias is not None:
+            target.bias = nn.Parameter(layer.bias.detach(), requires_grad=trains)  # type: ignore[union-attr]
+        return
+    parts = nn.ModuleList(chains).train(target.training)
+    if merged.beside:
+        parts.host_has_bias = getattr(target, "bias", None) is not None  # type: ignore[assignment]
+        target.add_module(BESIDE, parts)
+        target.register_forward_hook(add_beside, with_kwargs=True, prepend=True)
+    else:
+        parts.entry = job.entry  # type: ignore[assignment]
+        target.add_module(AFTER, parts)
+        target.register_forward_hook(add_after, prepend=True)
+
+
+def add_beside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """Forward hook of a layer merged as ``factored``: add the plain chains, run on the layer's input.
+
+    Raises:
+        HostError: if the layer was fused with a norm after the merge (it has a bias it did not have), which would
+            leave the chains unscaled.
+    """
+    chains = module._modules[BESIDE]
+    if (module.bias is not None) != chains.host_has_bias:  # type: ignore[union-attr]
+        raise HostError(
+            f"this {type_of(module)} was fused with a norm after a factored merge, which left its chain behind. Merge with "
+            "convpeft.merge(model, form='single') before fuse(), or do not fuse."
+        )
+    x = args[0] if args else kwargs["input"]
+    for chain in chains:  # type: ignore[union-attr]
+        output = output + chain(x)
+    return output
+
+
+def add_after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook of a module whose output adapters were merged: add the plain chains, run on the output."""
+    chains = module._modules[AFTER]
+    changed = output
+    for chain in chains:  # type: ignore[union-attr]
+        changed = hosting.add_to_entry(output, changed, chains.entry, chain)  # type: ignore[union-attr]
+    return changed
+
+
+def _check_form(form: str) -> None:
+    if form not in FORMS:
+        raise OptionError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"

@@ -1,0 +1,137 @@
+"""What only running tells: the channels of a block's output, and whether a layer's forward is its weight's convolution."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .geometry import ConvGeometry, random_input
+from .hosting import base_class, device_and_dtype
+
+_IMAGE = (1, 3, 64, 64)
+
+
+@dataclass(frozen=True)
+class OutputShape:
+    """What a module returned when it ran: the number of channels, and whether they are the last axis."""
+
+    channels: int
+    channels_last: bool
+
+
+def known_channels(module: nn.Module) -> OutputShape | None:
+    """Return what the module itself, or its surely last layer, says of its output; None when nothing is sure."""
+    if isinstance(module, nn.Conv2d):
+        return OutputShape(module.out_channels, False)
+    if isinstance(module, nn.Linear):
+        return OutputShape(module.out_features, True)
+    if isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+        return OutputShape(module.num_features, False)
+    if isinstance(module, nn.GroupNorm):
+        return OutputShape(module.num_channels, False)
+    if isinstance(module, nn.LayerNorm):
+        return OutputShape(module.normalized_shape[-1], True)
+    if base_class(module).forward is nn.Sequential.forward and len(module):  # type: ignore[arg-type]
+        for step in reversed(list(module)):  # type: ignore[call-overload]
+            if not _keeps_channels(step):
+                return known_channels(step)
+    return None
+
+
+def probe_outputs(root: nn.Module, names: Sequence[str], entries: dict[str, Any], example: Any) -> dict[str, OutputShape]:
+    """Run a copy of the model once and return the output shapes of the named modules that were reached.
+
+    Args:
+        root: the user's model; a copy of it runs, in eval mode and without gradients.
+        names: modules to watch.
+        entries: for each name the entry of its output to look at, or None.
+        example: example inputs (a tensor, or a tuple of positional inputs); None tries one 3x64x64 image.
+
+    Returns:
+        Shapes by name; a module that did not run, or returned no tensor, is missing. A model that cannot run on the
+        generic image gives an empty result; one that cannot run on the user's own example raises its own error.
+    """
+    try:
+        model = copy.deepcopy(root).eval()
+        device, dtype = device_and_dtype([root])
+        inputs = as_inputs(torch.zeros(_IMAGE, device=device, dtype=dtype) if example is None else example)
+        with watch([(name, model.get_submodule(name)) for name in names]) as outputs, torch.no_grad():
+            model(*inputs)
+    except Exception:
+        if example is not None:
+            raise
+        return {}
+    found: dict[str, OutputShape] = {}
+    for name, output in outputs.items():
+        tensor = pick(output, entries.get(name))
+        if isinstance(tensor, Tensor) and tensor.ndim >= 2:
+            last = tensor.ndim != 4
+            found[name] = OutputShape(tensor.shape[-1 if last else 1], last)
+    return found
+
+
+def as_inputs(example: Any) -> tuple[Any, ...]:
+    """Return example inputs as the positional arguments of a call."""
+    return tuple(example) if isinstance(example, (tuple, list)) else (example,)
+
+
+def pick(output: Any, entry: int | str | None) -> Any:
+    """Return the named entry of a module's output, the output itself for None; None when there is no such entry."""
+    if entry is None:
+        return output
+    try:
+        return output[entry]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+@contextmanager
+def watch(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, Any]]:
+    """Collect, by name, what each module returns on its first call inside the context."""
+    outputs: dict[str, Any] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.setdefault(name, output)
+
+        return hook
+
+    handles = [module.register_forward_hook(note(name)) for name, module in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def unlike_its_convolution(layer: nn.Module) -> str | None:
+    """Run a copy of a layer alone and say in what way its output cannot take a parallel adapter, or None.
+
+    Only asked of subclasses: their forward may do more than ``conv(x, weight)``. Other values are fine (the adapter
+    is added to whatever comes out; a merge is probed again), another shape is not.
+    """
+    geometry = ConvGeometry.of(layer)
+    generator = torch.Generator().manual_seed(0)
+    size = 2 * max(geometry.kernel_size) * max(geometry.dilation) + 5
+    x = random_input(geometry, size, generator)
+    try:
+        plain = copy.deepcopy(layer).to(device="cpu", dtype=torch.float64).eval()
+        with torch.no_grad():
+            output = plain(x)
+        expected = geometry.convolve(x, torch.zeros(geometry.weight_shape(), dtype=x.dtype)).shape
+    except Exception as error:  # the user's own layer: whatever it raises, the plan says it
+        return f"its forward failed on an input of shape {tuple(x.shape)}: {error}"
+    if not isinstance(output, Tensor) or output.shape != expected:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        return f"its forward gives {got} where its geometry says {tuple(expected)}: it is not the convolution it declares"
+    return None
+
+
+def _keeps_channels(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d)) or base_class(module).__module__ == "torch.nn.modules.activation"

@@ -1,0 +1,337 @@
+"""Adapter files: one safetensors file with tensors and one JSON text; no pickle, ever.
+
+Written atomically, read all or nothing, and refused by name when anything is off: see ``load_adapter``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from . import hosting
+from .adapters.base import Adapter, Site, read_options
+from .errors import AdapterFileError, BaseMismatch, ConvPeftError, SpecError, StateError, shortened
+from .fingerprints import ALGORITHM, digest, fingerprint
+from .geometry import ConvGeometry
+from .injection import Built, _check_name, copied_base, install
+from .probing import known_channels
+from .registry import adapter_class
+from .spec import NORMS, Spec
+from .state import AdapterRecord, LayerRecord, adapter_at, module_at, record_of, require_state, unwrapped
+
+FORMAT, VERSION = "convpeft", 1
+_KEY = "convpeft"
+_MOST_HEADER = 32 * 2**20  # bytes of safetensors header read at all; a real one has a few hundred kilobytes
+_ADAPTER, _OWN = "adapter", "own"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter file says of itself, read without a model.
+
+    Attributes:
+        name: the adapter was saved under.
+        spec: it came from, as plain data.
+        layers: kind, place, options and geometry by module name.
+        owned: modules whose own tensors are in the file, with relative learning rates.
+        norm: the norm policy.
+        base: digests of the base model's layers.
+        tensors: shape and dtype by key.
+        content: digest of all tensors.
+    """
+
+    name: str
+    spec: dict[str, Any]
+    layers: dict[str, LayerRecord]
+    owned: dict[str, float]
+    norm: str
+    base: dict[str, str]
+    tensors: dict[str, tuple[tuple[int, ...], str]]
+    content: str
+
+
+def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path:
+    """Write one adapter, with every tensor it unfroze, to a safetensors file, and return the path.
+
+    The file is written beside its final place and then moved there in one step: a crash leaves the old file.
+
+    Args:
+        model: an injected model.
+        path: of the file; its folder is made if need be.
+        name: of the adapter; unset, the only one, or the only active one.
+
+    Raises:
+        StateError: if nothing is injected, or it is not clear which adapter is meant.
+        AdapterFileError: if the file cannot be written.
+    """
+    root, state = require_state(model)
+    if name is None:
+        names = list(state.adapters) if len(state.adapters) == 1 else list(state.active)
+        if len(names) != 1:
+            raise StateError(f"which adapter? Say name=..., one of: {', '.join(state.adapters)}")
+        name = names[0]
+    record = record_of(state, name)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _tensors(root, name, record).items()}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": name,
+        "spec": record.spec,
+        "layers": {key: asdict(layer) for key, layer in record.layers.items()},
+        "owned": record.owned,
+        "norm": record.norm,
+        "base": {"algorithm": ALGORITHM, "layers": fingerprint(root)},
+        "content": digest(sorted(tensors.items())),
+        "torch": torch.__version__.split("+")[0],
+    }
+    path = Path(path)
+    _write(path, safetensors_bytes({key: tensor.clone() for key, tensor in tensors.items()}, {_KEY: json.dumps(metadata)}))
+    return path
+
+
+def inspect_adapter(path: str | Path) -> AdapterFile:
+    """Return what an adapter file says of itself; no tensor is read and no model is needed.
+
+    Raises:
+        AdapterFileError: if it is missing, truncated, no adapter file, or of an unknown version.
+    """
+    path = Path(path)
+    header = _header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            raw = (file.metadata() or {}).get(_KEY)
+            tensors = {key: (tuple(header[key]["shape"]), str(header[key]["dtype"])) for key in file.keys()}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise AdapterFileError(f"{path} is damaged or no safetensors file: {error}") from error
+    if raw is None:
+        raise AdapterFileError(f"{path} is a safetensors file, but not one convpeft wrote (it has no {_KEY!r} metadata)")
+    try:
+        return _parse(json.loads(raw), tensors, path)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, ConvPeftError):
+            raise
+        raise AdapterFileError(f"{path}: its metadata is damaged ({type(error).__name__}: {error})") from error
+
+
+def load_adapter(model: nn.Module, path: str | Path, *, name: str | None = None, any_base: bool = False) -> AdapterFile:
+    """Put the adapter of a file into the model in place, make it the active one, and return what the file says.
+
+    All or nothing: the file's structure, its fit to this model, the base's digests, every shape, and the digest of the
+    tensors are checked before the first change.
+
+    Args:
+        model: the base the adapter was trained on, with or without other adapters.
+        path: of the file.
+        name: to give it here; unset, the one it was saved under.
+        any_base: accept a base with other weights (the layers' shapes must fit all the same).
+
+    Raises:
+        AdapterFileError: if the file is damaged or does not fit; the text says which layers.
+        BaseMismatch: if the base has other weights.
+        StateError: if the name is taken.
+    """
+    path, root = Path(path), unwrapped(model)
+    file = inspect_adapter(path)
+    name = file.name if name is None else name
+    _check_name(root, name)
+    _check_layers(root, file, path)
+    if not any_base:
+        _check_base(root, file, path)
+    drafts = _adapters(root, file, path, torch.device("meta"))
+    _check_shapes(root, file, drafts, path)
+    tensors = _read(path, file)
+    with torch.random.fork_rng(devices=[]):
+        built = Built(_adapters(root, file, path, None), {key: copied_base(root, key) for key in file.owned})
+    _fill(built, tensors)
+    install(root, name, AdapterRecord(file.spec, file.layers, file.owned, file.norm), built)
+    return file
+
+
+def _key(part: str, layer: str, tensor: str) -> str:
+    return f"{part}:{layer}:{tensor}"
+
+
+def _tensors(root: nn.Module, name: str, record: AdapterRecord) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for layer in record.layers:
+        for key, tensor in adapter_at(root, layer, name).state_dict().items():
+            found[_key(_ADAPTER, layer, key)] = tensor
+    for layer in record.owned:
+        for key, tensor in hosting.shown_tensors(module_at(root, layer), name).items():
+            found[_key(_OWN, layer, key)] = tensor
+    return found
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write bytes beside the path, flush them to the disk, and move them there in one step."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
+            temporary = file.name
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise AdapterFileError(f"{path} cannot be written: {error}") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Return the safetensors header, its size bounded before anything is read."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(_MOST_HEADER, size - 8):
+                raise AdapterFileError(f"{path} is truncated or no safetensors file ({size:,} bytes, header said to be {length:,})")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise AdapterFileError(f"{path} cannot be read: {error}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is damaged or no safetensors file: its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise AdapterFileError(f"{path} is no safetensors file: its header is a {type(header).__name__}")
+    return header
+
+
+def _parse(data: Any, tensors: dict[str, tuple[tuple[int, ...], str]], path: Path) -> AdapterFile:
+    if data["format"] != FORMAT:
+        raise AdapterFileError(f"{path}: format {data['format']!r} is not {FORMAT!r}")
+    if data["version"] != VERSION:
+        raise AdapterFileError(f"{path}: file version {data['version']!r}; this convpeft reads version {VERSION}. Update convpeft?")
+    if data["base"]["algorithm"] != ALGORITHM:
+        raise AdapterFileError(f"{path}: unknown digest {data['base']['algorithm']!r}")
+    layers = {str(key): LayerRecord(**layer) for key, layer in data["layers"].items()}
+    owned = {str(key): float(lr_mult) for key, lr_mult in data["owned"].items()}
+    base = {str(key): str(value) for key, value in data["base"]["layers"].items()}
+    if data["norm"] not in NORMS or not layers | owned:
+        raise AdapterFileError(f"{path}: norm {data['norm']!r}, {len(layers)} layers, {len(owned)} unfrozen: that is no adapter")
+    try:
+        Spec.from_dict(data["spec"])
+    except SpecError as error:
+        raise AdapterFileError(f"{path}: its spec is not sound: {error}") from error
+    return AdapterFile(str(data["name"]), data["spec"], layers, owned, data["norm"], base, tensors, str(data["content"]))
+
+
+def _check_layers(root: nn.Module, file: AdapterFile, path: Path) -> None:
+    """Refuse a model that lacks a layer, or has another geometry there."""
+    modules = dict(hosting.base_modules(root))
+    problems = [f"{key}: not in this model" for key in [*file.layers, *file.owned] if key not in modules]
+    for key, record in file.layers.items():
+        if key not in modules or record.place not in ("parallel", "output"):
+            problems += [] if key not in modules else [f"{key}: place {record.place!r}"]
+            continue
+        saved = ConvGeometry.from_dict(record.geometry)
+        module = modules[key]
+        if record.place == "parallel":
+            here = ConvGeometry.of(module) if isinstance(module, (nn.Conv2d, nn.Linear)) else None
+            if here != saved:
+                problems.append(f"{key}: {here or type(module).__name__} here, {saved} in the file")
+            continue
+        shape = known_channels(module) if record.output is None else None
+        if shape is not None and shape.channels != saved.out_channels:
+            problems.append(f"{key}: {shape.channels} output channels here, {saved.out_channels} in the file")
+    if problems:
+        raise AdapterFileError(f"{path} does not fit this {hosting.base_class(root).__name__}; the model is unchanged. {'; '.join(problems[:12])}")
+
+
+def _check_base(root: nn.Module, file: AdapterFile, path: Path) -> None:
+    here = fingerprint(root)
+    differ = [key for key in {**file.base, **here} if file.base.get(key) != here.get(key)]
+    if differ:
+        raise BaseMismatch(
+            f"{path} was made on another base: {len(differ)} of {len(here)} layers differ ({shortened(differ)}); the model is "
+            "unchanged. Load the base's own checkpoint first; any_base=True takes the adapter as it is.",
+            differ,
+        )
+
+
+def _adapters(root: nn.Module, file: AdapterFile, path: Path, device: torch.device | None) -> dict[str, Adapter]:
+    """Make the file's adapters: on the meta device to learn their shapes without memory, then (None) on the hosts' own."""
+    adapters: dict[str, Adapter] = {}
+    for key, record in file.layers.items():
+        where = f"{path}: layer {key}"
+        try:
+            kind = adapter_class(record.kind)
+            options, problems = read_options(kind, record.options)
+            if problems:
+                raise problems[0]
+            site = Site(record.place, ConvGeometry.from_dict(record.geometry))  # type: ignore[arg-type]
+            assert options is not None
+            refusal = kind.refuses(site, options)
+            if refusal:
+                raise AdapterFileError(refusal)
+            host_device, dtype = hosting.device_and_dtype([module_at(root, key), root])
+            with torch.device(device or host_device):
+                adapter = kind(site, options)
+        except (ConvPeftError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise AdapterFileError(f"{where}: {error}") from error
+        adapters[key] = adapter.to(dtype=dtype).train(module_at(root, key).training)
+    return adapters
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def _check_shapes(root: nn.Module, file: AdapterFile, drafts: dict[str, Adapter], path: Path) -> None:
+    """Refuse a file whose tensors are not exactly those its layers need."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for layer, draft in drafts.items():
+        wanted.update({_key(_ADAPTER, layer, key): tuple(tensor.shape) for key, tensor in draft.state_dict().items()})
+    for layer in file.owned:
+        own = hosting.shown_tensors(module_at(root, layer), hosting.BASE)
+        wanted.update({_key(_OWN, layer, key): tuple(tensor.shape) for key, tensor in own.items()})
+    problems = [f"{key} is missing" for key in wanted if key not in file.tensors]
+    problems += [f"{key} is not expected" for key in file.tensors if key not in wanted]
+    for key, shape in wanted.items():
+        if key in file.tensors and file.tensors[key][0] != shape:
+            problems.append(f"{key} is {file.tensors[key][0]} in the file, {shape} here")
+    problems += [f"{key} has dtype {dtype}" for key, (_, dtype) in file.tensors.items() if dtype not in _DTYPES]
+    if problems:
+        raise AdapterFileError(f"{path}: {len(problems)} tensors do not fit; the model is unchanged. {'; '.join(problems[:12])}")
+
+
+def _read(path: Path, file: AdapterFile) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in file.tensors}
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{path} is damaged: {error}") from error
+    if digest(sorted(tensors.items())) != file.content:
+        raise AdapterFileError(f"{path}: its tensors are not the ones that were saved (digest differs); the model is unchanged")
+    return tensors
+
+
+def _fill(built: Built, tensors: dict[str, Tensor]) -> None:
+    for layer, adapter in built.adapters.items():
+        state = adapter.state_dict(keep_vars=True)
+        for key, target in state.items():
+            _copy(target, tensors[_key(_ADAPTER, layer, key)])
+    for layer, drawer in built.drawers.items():
+        for key, target in {**drawer._parameters, **drawer._buffers}.items():
+            assert target is not None
+            _copy(target, tensors[_key(_OWN, layer, key)])
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    with torch.no_grad():
+        target.copy_(source)
