@@ -203,6 +203,7 @@ class ConvGeometry:
             bias: shape ``(out,)`` or None.
         """
         has_bias = bias is not None
+        uneven = self.padding[::2] != self.padding[1::2] and self.stride == (1, 1)  # only 'same' can say that
         if self.linear:
             layer: nn.Module = nn.Linear(self.in_channels, self.out_channels, has_bias, device="meta")
             weight = weight.flatten(1)
@@ -211,6 +212,7 @@ class ConvGeometry:
                 self.in_channels,
                 self.out_channels,
                 self.kernel_size,
+                padding="same" if uneven else 0,
                 groups=self.groups,
                 bias=has_bias,
                 padding_mode=self.padding_mode,
@@ -265,15 +267,13 @@ def _tf_same(size: int, kernel: int, stride: int, dilation: int) -> Pair:
 
 
 def _pad(x: Tensor, sides: Sides, mode: str) -> Tensor:
+    """Pad, then crop where a side is negative: circular padding wraps around the whole input, not the cropped one."""
     top, bottom, left, right = sides
-    height, width = x.shape[-2], x.shape[-1]
-    rows = slice(max(0, -top), height - max(0, -bottom))
-    columns = slice(max(0, -left), width - max(0, -right))
-    x = x[..., rows, columns]
     grow = [max(0, left), max(0, right), max(0, top), max(0, bottom)]
-    if not any(grow):
-        return x
-    return F.pad(x, grow, mode=_FLIP[mode])
+    if any(grow):
+        x = F.pad(x, grow, mode=_FLIP[mode])
+    height, width = x.shape[-2], x.shape[-1]
+    return x[..., max(0, -top) : height - max(0, -bottom), max(0, -left) : width - max(0, -right)]
 
 
 def output_geometry(channels: int, channels_last: bool) -> ConvGeometry:

@@ -7,7 +7,7 @@ The module keeps its parameters, buffers, hooks and identity. All that convpeft 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -177,7 +177,7 @@ def add_to_entry(base: Any, output: Any, entry: int | str | None, function: Any)
     return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)
 
 
-@lru_cache(maxsize=None)
+@cache
 def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     """Return the generated subclass ``Adapted<Base>``: the mixin in front of exactly ``base``."""
     mixin: type = Adapted

@@ -144,6 +144,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built) -> 
     wanted = _swapped_by(root, state, record)
     for key in wanted:
         check_host(module_at(root, key), key)
+    _present(root, state)
     try:
         for key in wanted:
             hosting.adapt(module_at(root, key))
@@ -318,14 +319,18 @@ def _switch(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
     owner = {key: name for name in names for key in state.adapters[name].owned}
     adapts = any(state.adapters[name].norm == "adapt" for name in names)
     norms = set(state.norms)
-    for key in state.swapped:
+    for key, slots in _present(root, state):
         module = module_at(root, key)
-        slots = slots_at(root, key)
         slots.active = tuple(name for name in names if name in slots._modules)
         hosting.show(module, owner.get(key))
         if key in norms:
             hosting.hold(module, not adapts)
     state.active = names
+
+
+def _present(root: nn.Module, state: ModelState) -> list[tuple[str, hosting.Slots]]:
+    """Return the slots of all swapped modules by name; raises a StateError, before anything is touched, if one is gone."""
+    return [(key, slots_at(root, key)) for key in state.swapped]
 
 
 def _train_only_active(root: nn.Module, state: ModelState) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from . import hosting
 from .adapters.base import Adapter, exact
-from .errors import GeometryError, MergeError
+from .errors import GeometryError, MergeError, ShapeMismatch
 from .geometry import ConvGeometry, random_input
-from .kernels import Chain, ConvKernel, add_kernels, compose
+from .kernels import Chain, ConvKernel, add_kernels, compose, embed_on_grid
 
 Form = Literal["absorbed", "single", "factored", "kept"]
 TOLERANCE = 1e-12  # relative to the largest output, in float64
@@ -91,13 +91,13 @@ def solve(job: Job, form: str) -> Merged:
     except (MergeError, GeometryError) as error:
         return refused.kept(str(error))
     kernels = [step for chain in (*beside, *after) for step in chain]
-    if not all(torch.isfinite(k.weight).all() and (k.bias is None or torch.isfinite(k.bias).all()) for k in kernels):
+    if not all(_is_finite(kernel) for kernel in kernels):
         return refused.kept("an adapter has non-finite weights")
     host = host_kernel(job.target)
     if host is None and isinstance(job.target, (nn.Conv2d, nn.Linear)):
         return refused.kept("its weight is not a plain parameter (parametrised, weight-normed or pruned)")
-    if host is not None and not torch.isfinite(host.weight).all():
-        return refused.kept("its own weight is not finite")
+    if host is not None and not _is_finite(host):
+        return refused.kept("its own weight or bias is not finite")
     if host is not None and job.entry is None and _is_foldable(host, after):
         beside += [(compose([host, *chain]),) for chain in after]
         return _beside(host, beside, form)
@@ -120,6 +120,10 @@ def type_of(module: nn.Module) -> str:
     return hosting.base_class(module).__name__
 
 
+def _is_finite(kernel: ConvKernel) -> bool:
+    return all(bool(torch.isfinite(part).all()) for part in (kernel.weight, kernel.bias) if part is not None)
+
+
 def _is_foldable(host: ConvKernel, after: Sequence[Chain]) -> bool:
     """Whether output chains fold into the layer whose output they read: 1x1 after anything, groups alike."""
     return all(step.geometry.is_pointwise and step.geometry.groups == host.geometry.groups for c in after for step in c)
@@ -127,22 +131,34 @@ def _is_foldable(host: ConvKernel, after: Sequence[Chain]) -> bool:
 
 def _beside(host: ConvKernel, chains: Sequence[Chain], form: str) -> Merged:
     geometry = host.geometry
-    factored = geometry.macs + sum(chain_macs(chain) for chain in chains)
     base = Merged("kept", before=str(geometry), macs_before=geometry.macs)
     try:
         single = add_kernels(host, [compose(chain) for chain in chains])
-    except GeometryError as error:
+        plain = tuple(_on_host_grid(chain, geometry) for chain in chains)
+    except (GeometryError, ShapeMismatch) as error:
         return base.kept(str(error))
+    factored = geometry.macs + sum(chain_macs(chain) for chain in plain)
     rows = replace(base, macs_single=single.geometry.macs, macs_factored=factored)
     if single.geometry == geometry:
         return replace(rows, form="absorbed", kernel=single, after=str(geometry), reason="the kernel does not grow")
     if form == "single" or (form == "auto" and single.geometry.macs <= factored):
         reason = "asked for" if form == "single" else "one kernel costs no more than the chain"
         return replace(rows, form="single", kernel=single, after=str(single.geometry), reason=reason)
-    plain = tuple(_on_host_grid(chain, geometry) for chain in chains)
     reason = "asked for" if form == "factored" else f"one kernel ({single.geometry}) would cost more"
     after = f"{geometry} + {' + '.join(describe(chain) for chain in plain)}"
-    return replace(rows, form="factored", chains=plain, after=after, reason=reason)
+    return replace(rows, form="factored", chains=_with_bias(plain, host.bias), after=after, reason=reason)
+
+
+def _with_bias(chains: Sequence[Chain], bias: Tensor | None) -> tuple[Chain, ...]:
+    """Return the chains with the host's bias in the last step of the first.
+
+    The host keeps none, so a norm that is fused into it later, past the chains, shows as a bias it should not have.
+    """
+    (*steps, last), *others = chains
+    if bias is None:
+        return tuple(chains)
+    whole = bias if last.bias is None else last.bias + bias
+    return ((*steps, replace(last, bias=whole)), *others)
 
 
 def _after(job: Job, chains: Sequence[Chain], form: str) -> Merged:
@@ -180,15 +196,19 @@ def describe(chain: Chain) -> str:
 
 
 def _on_host_grid(chain: Chain, host: ConvGeometry) -> Chain:
-    """TF-style padding of a grown kernel is worked out from the grown kernel itself."""
-    if host.dynamic_kernel is None:
-        return chain
-    return tuple(
-        ConvKernel(step.weight, step.bias, replace(step.geometry, dynamic_kernel=step.geometry.kernel_size, padding=(0, 0, 0, 0)))
-        if step.geometry.dynamic_kernel is not None
-        else step
-        for step in chain
-    )
+    """Grow each spatial step evenly from the host's kernel, so that a plain layer has a padding for it.
+
+    TF-style padding of a grown kernel is worked out from the grown kernel itself.
+    """
+    return tuple(step if step.geometry.is_pointwise else _grown(step, host) for step in chain)
+
+
+def _grown(step: ConvKernel, host: ConvGeometry) -> ConvKernel:
+    own = step.geometry
+    geometry = host.covering(own.kernel_size).with_channels(own.in_channels, own.out_channels, own.groups)
+    if geometry.dynamic_kernel is not None:
+        geometry = replace(geometry, dynamic_kernel=geometry.kernel_size, padding=(0, 0, 0, 0))
+    return ConvKernel(embed_on_grid(step.weight, host.kernel_size, geometry.kernel_size), step.bias, geometry)
 
 
 def merged_layer(layer: nn.Module, kernel: ConvKernel) -> nn.Module:
@@ -239,9 +259,12 @@ def probe(job: Job, merged: Merged) -> tuple[nn.Module | None, list[nn.Sequentia
     reference, candidate = _runs(job, merged, layer, chains, adapters)
     geometry = adapters[0].site.geometry
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        x = random_input(_probe_geometry(job, merged, geometry), _probe_size(geometry, merged), generator)
-        expected, got = reference(x), candidate(x)
+    x = random_input(_probe_geometry(job, merged, geometry), _probe_size(geometry, merged), generator)
+    try:
+        with torch.no_grad():
+            expected, got = reference(x), candidate(x)
+    except Exception as error:  # the user's own layer: whatever it raises, the refusal says it
+        raise MergeError(f"it failed when run alone on an input of shape {tuple(x.shape)}: {error}") from error
     difference = float((expected - got).abs().max()) if expected.shape == got.shape else float("inf")
     scale = float(expected.abs().max())
     if not difference <= TOLERANCE * scale:
@@ -265,7 +288,9 @@ def _runs(
         adapted = lambda x: (lambda z: z + sum(adapter(z) for adapter in adapters))(own(x))  # noqa: E731
     if layer is not None:
         return adapted, layer
-    return adapted, lambda x: own(x) + sum(chain(x) for chain in chains)
+    bare = plain_copy(job.target)
+    bare.bias = None
+    return adapted, lambda x: bare(x) + sum(chain(x) for chain in chains)
 
 
 def _probe_geometry(job: Job, merged: Merged, geometry: ConvGeometry) -> ConvGeometry:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from . import hosting
-from .errors import HostError, MergeError, OptionError
+from .errors import GeometryError, HostError, MergeError, OptionError
 from .merge_forms import AFTER, BESIDE, Form, Job, Merged, probe, solve, type_of
 from .reports import table
-from .state import ATTRIBUTE, ModelState, adapter_at, module_at, require_state
+from .state import ATTRIBUTE, ModelState, adapter_at, module_at, require_state, slots_at
 
 FORMS = ("auto", "single", "factored")
 
@@ -108,8 +108,8 @@ def merge(model: nn.Module, *, form: str = "auto", inplace: bool = False, strict
 
     Every layer is worked out in float64, probed against the adapted layer on a random input, and cast once; only when
     all of them agree is anything changed. Merged layers are of the base's exact classes. A ``factored`` layer keeps its
-    own kernel and gets a chain of plain convolutions as a child (``beside`` it, or ``after`` it), added by a forward
-    hook; ``form="single"`` leaves no trace at all. Inactive adapters are dropped.
+    own kernel and gets a chain of plain convolutions as a child (``beside`` it, with its bias, or ``after`` it), added
+    by a forward hook; ``form="single"`` leaves no trace at all. Inactive adapters are dropped.
 
     Args:
         model: an injected model.
@@ -134,7 +134,7 @@ def merge(model: nn.Module, *, form: str = "auto", inplace: bool = False, strict
                 raise MergeError(merged.reason)
             layer, chains = probe(job, merged)
             finished.append((job, merged, *_cast(job, layer, chains)))
-        except MergeError as error:
+        except (MergeError, GeometryError) as error:
             reasons[job.name] = str(error)
     if reasons and strict:
         lines = "\n".join(f"  {name or '(root)'}: {reason}" for name, reason in reasons.items())
@@ -218,6 +218,17 @@ def _drop_adapters(root: nn.Module, state: ModelState, kept: set[str]) -> None:
         if name not in state.active or not record.layers:
             del state.adapters[name]
     state.active = tuple(name for name in state.active if name in state.adapters)
+    for key in [key for key in state.swapped if _is_bare(root, state, key)]:
+        hosting.restore(module_at(root, key))
+        state.swapped.remove(key)
+
+
+def _is_bare(root: nn.Module, state: ModelState, name: str) -> bool:
+    """Whether a swapped module has nothing left to be swapped for: no adapter, no norm to hold, no ``fuse`` to refuse."""
+    slots = slots_at(root, name)
+    base = hosting.base_class(module_at(root, name))
+    fuses = any(callable(getattr(base, method, None)) for method in hosting.FUSING_METHODS)
+    return slots.is_idle() and name not in state.norms and not fuses
 
 
 def _restore_requires_grad(root: nn.Module, state: ModelState) -> None:
@@ -238,7 +249,7 @@ def _put(job: Job, merged: Merged, layer: nn.Module | None, chains: list[nn.Sequ
         return
     parts = nn.ModuleList(chains).train(target.training)
     if merged.beside:
-        parts.host_has_bias = getattr(target, "bias", None) is not None  # type: ignore[assignment]
+        target.bias = None  # type: ignore[assignment]  # the chain has it
         target.add_module(BESIDE, parts)
         target.register_forward_hook(add_beside, with_kwargs=True, prepend=True)
     else:
@@ -251,11 +262,11 @@ def add_beside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     """Forward hook of a layer merged as ``factored``: add the plain chains, run on the layer's input.
 
     Raises:
-        HostError: if the layer was fused with a norm after the merge (it has a bias it did not have), which would
-            leave the chains unscaled.
+        HostError: if the layer was fused with a norm after the merge (it has a bias, which went into the chain), for
+            that would leave the chains unscaled.
     """
     chains = module._modules[BESIDE]
-    if (module.bias is not None) != chains.host_has_bias:  # type: ignore[union-attr]
+    if module.bias is not None:
         raise HostError(
             f"this {type_of(module)} was fused with a norm after a factored merge, which left its chain behind. Merge with "
             "convpeft.merge(model, form='single') before fuse(), or do not fuse."

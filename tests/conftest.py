@@ -1,0 +1,30 @@
+"""Every test starts from the same seed, on one thread, and without a network."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+os.environ.update(YOLO_OFFLINE="1", YOLO_AUTOINSTALL="false", HF_HUB_OFFLINE="1")  # read when ultralytics is imported
+os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="convpeft-yolo-")
+
+import pytest
+import torch
+
+from convpeft import registry
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def clean_registry():
+    """Give the registry back as it was, whatever a test registers."""
+    before = dict(registry._KINDS)
+    yield
+    registry._KINDS.clear()
+    registry._KINDS.update(before)

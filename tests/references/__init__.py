@@ -1,0 +1,1 @@
+"""Slow, obvious implementations that convpeft never imports; tests compare against them."""
