@@ -1,0 +1,44 @@
+# make demo: watch adapters learn on YOLO-World.  make test: see the tests pass.  Needs only Python and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+ARGS ?=
+
+.PHONY: help demo test quick check format docs clean
+
+help:
+	@echo "make demo    install into $(VENV) and run the YOLO-World demo (about 10 minutes on 2 CPU cores)"
+	@echo "make test    install into $(VENV) and run all tests (ARGS=... goes to pytest)"
+	@echo "make quick   the tests without the slow ones"
+	@echo "make check   format and lint, types, doctests, quick tests"
+	@echo "make docs    build the pages of docs/ into build/site"
+	@echo "make clean   delete $(VENV), runs, caches and generated data"
+
+# .installed-<extras> remembers what the environment holds; setup.cfg newer than it installs anew
+$(VENV)/.installed-%: setup.cfg pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing convpeft[$*] into $(VENV) (PyTorch and friends: a minute or two, about 6 GB)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.installed-example
+	$(BIN)/python -m examples.yolo_world.demo $(ARGS)
+
+test: $(VENV)/.installed-example,test
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+quick: $(VENV)/.installed-example,test
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+check: $(VENV)/.installed-example,test,dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) runs .cache build
