@@ -236,7 +236,9 @@ class ConvGeometry:
         if self.linear:
             return f"{self.in_channels}→{self.out_channels}"
         kernel = "×".join(map(str, self.kernel_size))
-        stride = "" if self.stride == (1, 1) else f" s{self.stride[0]}" if len(set(self.stride)) == 1 else f" s{self.stride}"
+        stride = (
+            "" if self.stride == (1, 1) else f" s{self.stride[0]}" if len(set(self.stride)) == 1 else f" s{self.stride}"
+        )
         groups = "" if self.groups == 1 else f" g{self.groups}"
         return f"{self.in_channels}→{self.out_channels} {kernel}{stride}{groups}"
 

@@ -139,7 +139,9 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built) -> 
     state = find_state(root)
     before = _Before(root, state)
     if state is None:
-        state = ModelState(requires_grad={key: p.requires_grad for key, p in root.named_parameters(remove_duplicate=False)})
+        state = ModelState(
+            requires_grad={key: p.requires_grad for key, p in root.named_parameters(remove_duplicate=False)}
+        )
         state.norms = [key for key, module in _unique(root) if hosting.is_batchnorm_like(module)]
     wanted = _swapped_by(root, state, record)
     for key in wanted:
@@ -355,7 +357,9 @@ def _unique(root: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _check_name(root: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not name or name.startswith("_") or set(name) & _FORBIDDEN:
-        raise StateError(f"{name!r} is no adapter name: use a text without dots, slashes or blanks that does not begin with '_'")
+        raise StateError(
+            f"{name!r} is no adapter name: use a text without dots, slashes or blanks that does not begin with '_'"
+        )
     state = find_state(root)
     if state is not None and name in state.adapters:
         raise StateError(
@@ -429,4 +433,6 @@ def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport:
         for module, mode in modes:
             module.training = mode
     labels = [label for label, _ in watched]
-    return CheckReport(tuple(label for label in labels if label in called), tuple(label for label in labels if label not in called))
+    return CheckReport(
+        tuple(label for label in labels if label in called), tuple(label for label in labels if label not in called)
+    )

@@ -177,4 +177,3 @@ def add_kernels(host: ConvKernel, extra: Sequence[ConvKernel]) -> ConvKernel:
 def _redynamic(geometry: ConvGeometry) -> ConvGeometry:
     """TF-style padding of the grown kernel is worked out from the grown kernel itself."""
     return replace(geometry, dynamic_kernel=geometry.kernel_size, padding=(0, 0, 0, 0))
-

@@ -164,7 +164,13 @@ def _with_bias(chains: Sequence[Chain], bias: Tensor | None) -> tuple[Chain, ...
 def _after(job: Job, chains: Sequence[Chain], form: str) -> Merged:
     factored = sum(chain_macs(chain) for chain in chains)
     single = _one_kernel(chains)
-    rows = Merged("kept", beside=False, before=type_of(job.target), macs_single=single and single.geometry.macs, macs_factored=factored)
+    rows = Merged(
+        "kept",
+        beside=False,
+        before=type_of(job.target),
+        macs_single=single and single.geometry.macs,
+        macs_factored=factored,
+    )
     if single is not None and (form == "single" or (form == "auto" and single.geometry.macs <= factored)):
         after = f"{type_of(job.target)} + {single.geometry}"
         return replace(rows, form="single", chains=((single,),), after=after, reason="one convolution on the output")

@@ -65,10 +65,28 @@ class MergePlan:
         counts = ", ".join(f"{count} {form}" for form, count in forms.items()) or "no adapted layers"
         head = f"merge of {', '.join(self.active) or 'the bare base'}: {counts}; MACs are for one output position"
         cells = [
-            (r.name or "(root)", r.form, r.kernel_before, r.kernel_after, f"{r.macs_before:,}", *map(_count, (r.macs_after, r.macs_single, r.macs_factored)), r.reason)
+            (
+                r.name or "(root)",
+                r.form,
+                r.kernel_before,
+                r.kernel_after,
+                f"{r.macs_before:,}",
+                *map(_count, (r.macs_after, r.macs_single, r.macs_factored)),
+                r.reason,
+            )
             for r in self.rows
         ]
-        titles = ("layer", "form", "kernel before", "kernel after", "MACs before", "after", "if single", "if factored", "why")
+        titles = (
+            "layer",
+            "form",
+            "kernel before",
+            "kernel after",
+            "MACs before",
+            "after",
+            "if single",
+            "if factored",
+            "why",
+        )
         return f"{head}\n{table(titles, cells)}" if cells else head
 
 
@@ -174,7 +192,9 @@ def _is_shared(root: nn.Module, module: nn.Module) -> bool:
     return sum(other is module for _, other in hosting.base_modules(root)) > 1
 
 
-def _cast(job: Job, layer: nn.Module | None, chains: list[nn.Sequential]) -> tuple[nn.Module | None, list[nn.Sequential]]:
+def _cast(
+    job: Job, layer: nn.Module | None, chains: list[nn.Sequential]
+) -> tuple[nn.Module | None, list[nn.Sequential]]:
     """Bring float64 parts to the host's device and dtype: the one rounding of a merge."""
     if layer is None and base_is_sequential(job.target):
         raise MergeError(

@@ -124,7 +124,9 @@ class Plan:
         lost: dict[tuple[int, int], list[str]] = {}
         for name, rule, winner in self.shadowed:
             lost.setdefault((rule, winner), []).append(name)
-        parts += [f"rule {rule} gave way to rule {winner} at: {shortened(names)}" for (rule, winner), names in lost.items()]
+        parts += [
+            f"rule {rule} gave way to rule {winner} at: {shortened(names)}" for (rule, winner), names in lost.items()
+        ]
         return "\n".join(parts)
 
 
@@ -159,7 +161,12 @@ def make_plan(model: nn.Module, spec: Spec, example_inputs: Any = None) -> Plan:
     owned = _owned(chosen, spec)
     raise_problems(chosen.problems, heading)
     parameters: dict[int, int] = {id(p): p.numel() for c in chosen.candidates for p in _own_parameters(c.module)}
-    owned_ids = {id(p): p.numel() for name in owned for p in _own_parameters(chosen.by_name[name].module) if p.is_floating_point()}
+    owned_ids = {
+        id(p): p.numel()
+        for name in owned
+        for p in _own_parameters(chosen.by_name[name].module)
+        if p.is_floating_point()
+    }
     return Plan(
         base_class(model).__name__,
         tuple(layers),
@@ -216,7 +223,9 @@ class _Chooser:
                 continue
             kept = [c for c in matched if not any(c.matched_by(pattern) for _, pattern in excluding)]
             if not kept:
-                self.problems.append(PatternError(f"{label}: every module {written!r} matches is excluded again by a '!' pattern"))
+                self.problems.append(
+                    PatternError(f"{label}: every module {written!r} matches is excluded again by a '!' pattern")
+                )
                 continue
             selected.append((written, is_literal(pattern), kept))
         return selected
@@ -227,7 +236,11 @@ class _Chooser:
         for written, literal, matched in self.select(rule.match, label):
             narrowed = [candidate for candidate in matched if _passes(candidate.module, rule)]
             if not narrowed:
-                self.problems.append(PatternError(f"{label}: {written!r} matches {len(matched)} modules, but none passes only/where ({_conditions(rule)})"))
+                self.problems.append(
+                    PatternError(
+                        f"{label}: {written!r} matches {len(matched)} modules, but none passes only/where ({_conditions(rule)})"
+                    )
+                )
                 continue
             if rule.kind == LEAVE:
                 self.left += [c.name for c in narrowed]
@@ -271,8 +284,16 @@ class _Chooser:
     def _cannot_serve(self, label: str, written: str, rule: Rule, matched: list[_Candidate]) -> PatternError:
         classes = sorted({base_class(candidate.module).__name__ for candidate in matched})
         places = adapter_class(rule.kind).places
-        serves = "the outputs of modules that are called" if places == ("output",) or rule.place == "output" else "Conv2d and Linear layers"
-        hint = " For adapters on the output of these modules say place: output." if "output" in places and rule.place is None else ""
+        serves = (
+            "the outputs of modules that are called"
+            if places == ("output",) or rule.place == "output"
+            else "Conv2d and Linear layers"
+        )
+        hint = (
+            " For adapters on the output of these modules say place: output."
+            if "output" in places and rule.place is None
+            else ""
+        )
         return PatternError(
             f"{label}: {written!r} matches only modules that kind {rule.kind!r} cannot serve ({shortened(classes)}); it serves {serves}.{hint}"
         )
@@ -376,7 +397,9 @@ class _Siting:
             )
             return None
         if rule.channels is not None and rule.channels != shape.channels:
-            self.problems.append(SpecError(f"{label}: the rule says channels: {rule.channels}, but its output has {shape.channels}"))
+            self.problems.append(
+                SpecError(f"{label}: the rule says channels: {rule.channels}, but its output has {shape.channels}")
+            )
             return None
         return Site("output", output_geometry(shape.channels, shape.channels_last))
 
@@ -389,13 +412,19 @@ def _owned(chosen: _Chooser, spec: Spec) -> dict[str, float]:
         label, earlier = f"unfreeze {number}", set(owned)
         excluded = [pattern[1:] for _, pattern in spec.resolve(entry.match) if pattern.startswith("!")]
         for written, _, matched in chosen.select(entry.match, label):
-            below = [c for c in chosen.candidates if _has_tensors(c.module) and any(_is_below(c, top) for top in matched)]
+            below = [
+                c for c in chosen.candidates if _has_tensors(c.module) and any(_is_below(c, top) for top in matched)
+            ]
             names = [c.name for c in below if not any(c.matched_by(pattern) for pattern in excluded)]
             if not names:
-                chosen.problems.append(PatternError(f"{label}: nothing that {written!r} matches has parameters to unfreeze"))
+                chosen.problems.append(
+                    PatternError(f"{label}: nothing that {written!r} matches has parameters to unfreeze")
+                )
             elif earlier.issuperset(names):
                 chosen.problems.append(
-                    PatternError(f"{label}: {written!r} gets nothing, because earlier unfreeze entries already took all of it")
+                    PatternError(
+                        f"{label}: {written!r} gets nothing, because earlier unfreeze entries already took all of it"
+                    )
                 )
             for name in names:
                 owned.setdefault(name, float(entry.lr_mult))
@@ -407,7 +436,9 @@ def _owned(chosen: _Chooser, spec: Spec) -> dict[str, float]:
 
 
 def _is_below(candidate: _Candidate, top: _Candidate) -> bool:
-    return any(not above or name == above or name.startswith(above + ".") for name in candidate.names for above in top.names)
+    return any(
+        not above or name == above or name.startswith(above + ".") for name in candidate.names for above in top.names
+    )
 
 
 def _bypassed(candidates: list[_Candidate]) -> dict[int, str]:

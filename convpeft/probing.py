@@ -44,7 +44,9 @@ def known_channels(module: nn.Module) -> OutputShape | None:
     return None
 
 
-def probe_outputs(root: nn.Module, names: Sequence[str], entries: dict[str, Any], example: Any) -> dict[str, OutputShape]:
+def probe_outputs(
+    root: nn.Module, names: Sequence[str], entries: dict[str, Any], example: Any
+) -> dict[str, OutputShape]:
     """Run a copy of the model once and return the output shapes of the named modules that were reached.
 
     Args:
@@ -129,9 +131,14 @@ def unlike_its_convolution(layer: nn.Module) -> str | None:
         return f"its forward failed on an input of shape {tuple(x.shape)}: {error}"
     if not isinstance(output, Tensor) or output.shape != expected:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        return f"its forward gives {got} where its geometry says {tuple(expected)}: it is not the convolution it declares"
+        return (
+            f"its forward gives {got} where its geometry says {tuple(expected)}: it is not the convolution it declares"
+        )
     return None
 
 
 def _keeps_channels(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d)) or base_class(module).__module__ == "torch.nn.modules.activation"
+    return (
+        isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d))
+        or base_class(module).__module__ == "torch.nn.modules.activation"
+    )

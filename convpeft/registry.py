@@ -78,7 +78,9 @@ def adapter_class(kind: str) -> type[Adapter]:
     _load_builtin()
     if kind not in _KINDS:
         near = closest(kind, [*_KINDS, LEAVE])
-        raise UnknownKind(f"unknown kind {kind!r}. {'Closest: ' + near + '. ' if near else ''}Registered: {', '.join(adapter_kinds())}.")
+        raise UnknownKind(
+            f"unknown kind {kind!r}. {'Closest: ' + near + '. ' if near else ''}Registered: {', '.join(adapter_kinds())}."
+        )
     return _KINDS[kind]
 
 

@@ -73,7 +73,14 @@ class Rule:
     def to_dict(self) -> dict[str, Any]:
         """Return the rule as plain data, defaults left out."""
         result: dict[str, Any] = {"match": _short(self.match), "kind": self.kind}
-        defaults: dict[str, Any] = {"place": None, "only": (), "where": {}, "lr_mult": 1.0, "channels": None, "output": None}
+        defaults: dict[str, Any] = {
+            "place": None,
+            "only": (),
+            "where": {},
+            "lr_mult": 1.0,
+            "channels": None,
+            "output": None,
+        }
         for key, default in defaults.items():
             value = getattr(self, key)
             if value != default:
@@ -92,7 +99,11 @@ class Rule:
         for key in self.where:
             if key not in WHERE:
                 near = closest(key, WHERE)
-                found.append(OptionError(f"{label}: unknown key {key!r} in where. {f'Closest: {near}. ' if near else ''}Known: {', '.join(WHERE)}."))
+                found.append(
+                    OptionError(
+                        f"{label}: unknown key {key!r} in where. {f'Closest: {near}. ' if near else ''}Known: {', '.join(WHERE)}."
+                    )
+                )
         return found + self._kind_problems(label)
 
     def _kind_problems(self, label: str) -> list[SpecError]:
@@ -104,7 +115,11 @@ class Rule:
             return [type(error)(f"{label}: {error}")]
         found: list[SpecError] = []
         if self.place in ("parallel", "output") and self.place not in adapter.places:
-            found.append(OptionError(f"{label}: kind {self.kind!r} has no place {self.place!r}, only {', '.join(adapter.places)}"))
+            found.append(
+                OptionError(
+                    f"{label}: kind {self.kind!r} has no place {self.place!r}, only {', '.join(adapter.places)}"
+                )
+            )
         for problem in read_options(adapter, self.options)[1]:
             near = closest(str(problem), ()) or self._nearest_rule_key(problem)
             found.append(OptionError(f"{label}: {problem}{near}"))
@@ -213,12 +228,19 @@ class Spec:
         if version != VERSION:
             problems.append(SpecError(f"version {version!r} is not known; this convpeft reads version {VERSION}"))
         rules = [_rule(entry, f"rule {number}", problems) for number, entry in _entries(data, "rules", problems)]
-        unfreeze = [_unfreeze(entry, f"unfreeze {number}", problems) for number, entry in _entries(data, "unfreeze", problems)]
+        unfreeze = [
+            _unfreeze(entry, f"unfreeze {number}", problems) for number, entry in _entries(data, "unfreeze", problems)
+        ]
         aliases = data.get("aliases") or {}
         if not isinstance(aliases, Mapping):
             problems.append(SpecError("aliases must map names to patterns"))
             aliases = {}
-        spec = cls([rule for rule in rules if rule], [entry for entry in unfreeze if entry], data.get("norm", "frozen"), aliases)
+        spec = cls(
+            [rule for rule in rules if rule],
+            [entry for entry in unfreeze if entry],
+            data.get("norm", "frozen"),
+            aliases,
+        )
         raise_problems(problems + spec.problems(), source)
         return spec
 
@@ -294,7 +316,11 @@ def _unknown_keys(data: Mapping[str, Any], known: Sequence[str], label: str) -> 
     for key in data:
         if key not in known:
             near = closest(str(key), known)
-            found.append(OptionError(f"unknown key {key!r} in {label}. {f'Closest: {near}. ' if near else ''}Known: {', '.join(known)}."))
+            found.append(
+                OptionError(
+                    f"unknown key {key!r} in {label}. {f'Closest: {near}. ' if near else ''}Known: {', '.join(known)}."
+                )
+            )
     return found
 
 
@@ -312,7 +338,11 @@ def _rule(entry: Any, label: str, problems: list[SpecError]) -> Rule | None:
     if not isinstance(entry, Mapping) or not {"match", "kind"} <= set(entry):
         problems.append(SpecError(f"{label} must be a mapping with 'match' and 'kind', not {entry!r}"))
         return None
-    if not _is_text_or_texts(entry["match"]) or not isinstance(entry["kind"], str) or not _is_text_or_texts(entry.get("only", ())):
+    if (
+        not _is_text_or_texts(entry["match"])
+        or not isinstance(entry["kind"], str)
+        or not _is_text_or_texts(entry.get("only", ()))
+    ):
         problems.append(OptionError(f"{label}: match and only are texts or lists of texts, kind is a text"))
         return None
     if not isinstance(entry.get("where") or {}, Mapping):

@@ -77,7 +77,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return model
     found = [module for module in model.modules() if ATTRIBUTE in module.__dict__]
     if len(found) > 1:
-        raise StateError(f"{len(found)} parts of this {type(model).__name__} have adapters of their own: name one of them")
+        raise StateError(
+            f"{len(found)} parts of this {type(model).__name__} have adapters of their own: name one of them"
+        )
     return found[0] if found else model
 
 
@@ -121,7 +123,9 @@ def module_at(root: nn.Module, name: str) -> nn.Module:
     try:
         return root.get_submodule(name)
     except AttributeError as error:
-        raise StateError(f"{name!r} was adapted and is no longer in the model: it was changed after inject()") from error
+        raise StateError(
+            f"{name!r} was adapted and is no longer in the model: it was changed after inject()"
+        ) from error
 
 
 def slots_at(root: nn.Module, name: str) -> Slots:
@@ -132,7 +136,9 @@ def slots_at(root: nn.Module, name: str) -> Slots:
     """
     slots = slots_of(module_at(root, name))
     if slots is None:
-        raise StateError(f"{name!r} was adapted and has been replaced by a plain {type(module_at(root, name)).__name__}")
+        raise StateError(
+            f"{name!r} was adapted and has been replaced by a plain {type(module_at(root, name)).__name__}"
+        )
     return slots
 
 

@@ -94,7 +94,9 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
         "torch": torch.__version__.split("+")[0],
     }
     path = Path(path)
-    _write(path, safetensors_bytes({key: tensor.clone() for key, tensor in tensors.items()}, {_KEY: json.dumps(metadata)}))
+    _write(
+        path, safetensors_bytes({key: tensor.clone() for key, tensor in tensors.items()}, {_KEY: json.dumps(metadata)})
+    )
     return path
 
 
@@ -113,7 +115,9 @@ def inspect_adapter(path: str | Path) -> AdapterFile:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path} is damaged or no safetensors file: {error}") from error
     if raw is None:
-        raise AdapterFileError(f"{path} is a safetensors file, but not one convpeft wrote (it has no {_KEY!r} metadata)")
+        raise AdapterFileError(
+            f"{path} is a safetensors file, but not one convpeft wrote (it has no {_KEY!r} metadata)"
+        )
     try:
         return _parse(json.loads(raw), tensors, path)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -176,7 +180,9 @@ def _write(path: Path, content: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
+        ) as file:
             temporary = file.name
             file.write(content)
             file.flush()
@@ -199,7 +205,9 @@ def _header(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(_MOST_HEADER, size - 8):
-                raise AdapterFileError(f"{path} is truncated or no safetensors file ({size:,} bytes, header said to be {length:,})")
+                raise AdapterFileError(
+                    f"{path} is truncated or no safetensors file ({size:,} bytes, header said to be {length:,})"
+                )
             header = json.loads(file.read(length))
     except OSError as error:
         raise AdapterFileError(f"{path} cannot be read: {error}") from error
@@ -214,19 +222,25 @@ def _parse(data: Any, tensors: dict[str, tuple[tuple[int, ...], str]], path: Pat
     if data["format"] != FORMAT:
         raise AdapterFileError(f"{path}: format {data['format']!r} is not {FORMAT!r}")
     if data["version"] != VERSION:
-        raise AdapterFileError(f"{path}: file version {data['version']!r}; this convpeft reads version {VERSION}. Update convpeft?")
+        raise AdapterFileError(
+            f"{path}: file version {data['version']!r}; this convpeft reads version {VERSION}. Update convpeft?"
+        )
     if data["base"]["algorithm"] != ALGORITHM:
         raise AdapterFileError(f"{path}: unknown digest {data['base']['algorithm']!r}")
     layers = {str(key): LayerRecord(**layer) for key, layer in data["layers"].items()}
     owned = {str(key): float(lr_mult) for key, lr_mult in data["owned"].items()}
     base = {str(key): str(value) for key, value in data["base"]["layers"].items()}
     if data["norm"] not in NORMS or not layers | owned:
-        raise AdapterFileError(f"{path}: norm {data['norm']!r}, {len(layers)} layers, {len(owned)} unfrozen: that is no adapter")
+        raise AdapterFileError(
+            f"{path}: norm {data['norm']!r}, {len(layers)} layers, {len(owned)} unfrozen: that is no adapter"
+        )
     try:
         Spec.from_dict(data["spec"])
     except SpecError as error:
         raise AdapterFileError(f"{path}: its spec is not sound: {error}") from error
-    return AdapterFile(str(data["name"]), data["spec"], layers, owned, data["norm"], base, tensors, str(data["content"]))
+    return AdapterFile(
+        str(data["name"]), data["spec"], layers, owned, data["norm"], base, tensors, str(data["content"])
+    )
 
 
 def _check_layers(root: nn.Module, file: AdapterFile, path: Path) -> None:
@@ -248,7 +262,9 @@ def _check_layers(root: nn.Module, file: AdapterFile, path: Path) -> None:
         if shape is not None and shape.channels != saved.out_channels:
             problems.append(f"{key}: {shape.channels} output channels here, {saved.out_channels} in the file")
     if problems:
-        raise AdapterFileError(f"{path} does not fit this {hosting.base_class(root).__name__}; the model is unchanged. {'; '.join(problems[:12])}")
+        raise AdapterFileError(
+            f"{path} does not fit this {hosting.base_class(root).__name__}; the model is unchanged. {'; '.join(problems[:12])}"
+        )
 
 
 def _check_base(root: nn.Module, file: AdapterFile, path: Path) -> None:
@@ -307,7 +323,9 @@ def _check_shapes(root: nn.Module, file: AdapterFile, drafts: dict[str, Adapter]
             problems.append(f"{key} is {file.tensors[key][0]} in the file, {shape} here")
     problems += [f"{key} has dtype {dtype}" for key, (_, dtype) in file.tensors.items() if dtype not in _DTYPES]
     if problems:
-        raise AdapterFileError(f"{path}: {len(problems)} tensors do not fit; the model is unchanged. {'; '.join(problems[:12])}")
+        raise AdapterFileError(
+            f"{path}: {len(problems)} tensors do not fit; the model is unchanged. {'; '.join(problems[:12])}"
+        )
 
 
 def _read(path: Path, file: AdapterFile) -> dict[str, Tensor]:
@@ -317,7 +335,9 @@ def _read(path: Path, file: AdapterFile) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"{path} is damaged: {error}") from error
     if digest(sorted(tensors.items())) != file.content:
-        raise AdapterFileError(f"{path}: its tensors are not the ones that were saved (digest differs); the model is unchanged")
+        raise AdapterFileError(
+            f"{path}: its tensors are not the ones that were saved (digest differs); the model is unchanged"
+        )
     return tensors
 
 

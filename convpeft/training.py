@@ -61,7 +61,9 @@ def _trainable(root: nn.Module, state: ModelState, name: str) -> list[tuple[str,
     for key, layer in record.layers.items():
         adapter = adapter_at(root, key, name)
         bare = adapter.no_decay()
-        found += [(layer.kind, layer.lr_mult, n not in bare, p) for n, p in adapter.named_parameters() if p.requires_grad]
+        found += [
+            (layer.kind, layer.lr_mult, n not in bare, p) for n, p in adapter.named_parameters() if p.requires_grad
+        ]
     for key, lr_mult in record.owned.items():
         for tensor in hosting.shown_tensors(module_at(root, key), name).values():
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad:

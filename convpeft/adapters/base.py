@@ -136,7 +136,9 @@ def read_options(adapter: type[Adapter], raw: dict[str, Any]) -> tuple[AdapterOp
             near = closest(key, known)
             options = ", ".join(known) or "none"
             problems.append(
-                OptionError(f"unknown key {key!r} for kind {adapter.kind!r}. {f'Closest: {near}. ' if near else ''}Its options: {options}.")
+                OptionError(
+                    f"unknown key {key!r} for kind {adapter.kind!r}. {f'Closest: {near}. ' if near else ''}Its options: {options}."
+                )
             )
             continue
         value = tuple(value) if isinstance(value, list) else value
@@ -166,7 +168,12 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) != float("inf") and value == value
+        return (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and abs(value) != float("inf")
+            and value == value
+        )
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -141,4 +141,3 @@ class RepMona(Adapter):
 
     def _place(self, kernel: Tensor, size: tuple[int, int]) -> Tensor:
         return embed_on_grid(kernel, self.site.geometry.kernel_size, size)
-
