@@ -20,7 +20,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in tensors:
         plain = tensor.detach().cpu().contiguous()
         state.update(f"{name}|{plain.dtype}|{tuple(plain.shape)}|".encode())
-        state.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()) if plain.numel() else b"")
+        state.update(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
     return state.hexdigest()
 
 

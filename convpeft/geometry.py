@@ -187,7 +187,7 @@ class ConvGeometry:
         if self.dynamic_kernel is not None:
             return
         top, bottom, left, right = self.padding
-        layer.padding_mode = self.padding_mode
+        layer.padding_mode = self.padding_mode  # type: ignore[assignment]
         layer._reversed_padding_repeated_twice = [left, right, top, bottom]
         if layer.padding == "same" and self.padding == _sides("same", self.kernel_size, self.dilation):
             return
@@ -205,7 +205,7 @@ class ConvGeometry:
         has_bias = bias is not None
         uneven = self.padding[::2] != self.padding[1::2] and self.stride == (1, 1)  # only 'same' can say that
         if self.linear:
-            layer: nn.Module = nn.Linear(self.in_channels, self.out_channels, has_bias, device="meta")
+            layer: Any = nn.Linear(self.in_channels, self.out_channels, has_bias, device="meta")
             weight = weight.flatten(1)
         else:
             layer = nn.Conv2d(
@@ -215,7 +215,7 @@ class ConvGeometry:
                 padding="same" if uneven else 0,
                 groups=self.groups,
                 bias=has_bias,
-                padding_mode=self.padding_mode,
+                padding_mode=self.padding_mode,  # type: ignore[arg-type]
                 device="meta",
             )
             self.imprint(layer)
@@ -230,7 +230,10 @@ class ConvGeometry:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ConvGeometry:
         """Return the geometry that ``to_dict`` wrote."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+        }
+        return cls(**values)
 
     def __str__(self) -> str:
         if self.linear:

@@ -63,14 +63,14 @@ class Slots(nn.ModuleDict):
         stash = self._modules[STASH]
         if owner not in stash._modules:
             stash._modules[owner] = Tensors()
-        return stash._modules[owner]
+        return stash._modules[owner]  # type: ignore[return-value]
 
     def is_idle(self) -> bool:
         """Whether nothing is left here that a module would need the class swap for."""
         return not any(True for _ in self.adapters()) and not self.owners and not self.held
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        """A checkpoint without a word about an adapter (a base checkpoint, say) leaves that adapter as it is."""
+        """Load as usual; an adapter that a checkpoint has no word about (a base checkpoint, say) stays as it is."""
         for name, module in self._modules.items():
             if name == STASH or any(key.startswith(f"{prefix}{name}.") for key in state_dict):
                 continue
@@ -109,7 +109,7 @@ class Adapted:
     def __reduce_ex__(self, protocol: Any) -> Any:
         getstate = getattr(self, "__getstate__", None)
         state = getstate() if getstate is not None else self.__dict__
-        return _rebuild, (base_class(self),), state
+        return _rebuild, (self.adapted_from,), state
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if self._modules[SLOT].owners:  # type: ignore[attr-defined]
@@ -178,7 +178,7 @@ def add_to_entry(base: Any, output: Any, entry: int | str | None, function: Any)
 
 
 @cache
-def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+def adapted_class(base: Any) -> Any:
     """Return the generated subclass ``Adapted<Base>``: the mixin in front of exactly ``base``."""
     mixin: type = Adapted
     if issubclass(base, nn.Sequential):
@@ -211,7 +211,7 @@ def adapt(module: nn.Module) -> Slots:
     present = slots_of(module)
     if present is not None:
         return present
-    base = type(module)
+    base: Any = type(module)
     slots = Slots()
     slots.wanted_training = slots.training = module.training
     try:
@@ -334,7 +334,7 @@ def _route_checkpoint(module: nn.Module, state_dict: dict, prefix: str) -> None:
             state_dict[at + name] = value
 
 
-def _rebuild(base: type[nn.Module]) -> nn.Module:
+def _rebuild(base: Any) -> nn.Module:
     return adapted_class(base).__new__(adapted_class(base))
 
 

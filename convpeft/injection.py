@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -328,6 +329,14 @@ def _switch(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
         if key in norms:
             hosting.hold(module, not adapts)
     state.active = names
+    _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """Have ``torch.compile`` look again where it does not watch the attributes of modules (older torch)."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and not getattr(dynamo.config, "guard_nn_modules", True):
+        dynamo.reset()
 
 
 def _present(root: nn.Module, state: ModelState) -> list[tuple[str, hosting.Slots]]:

@@ -48,16 +48,16 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
     Raises:
         PatternError: for unbalanced brackets or braces.
     """
-    alternatives = _expand(pattern)
+    alternatives = _expand(pattern, pattern)
     return re.compile("|".join(f"(?:{_translate(alternative, pattern)})" for alternative in alternatives))
 
 
-def _expand(pattern: str) -> list[str]:
+def _expand(pattern: str, whole: str) -> list[str]:
     """Expand the braces of a pattern, nested ones too."""
     start = pattern.find("{")
     if start < 0:
         if "}" in pattern:
-            raise PatternError(f"pattern {pattern!r} closes a brace it never opened")
+            raise PatternError(f"pattern {whole!r} closes a brace it never opened")
         return [pattern]
     depth, pieces, last = 0, [], start + 1
     for position in range(start, len(pattern)):
@@ -67,11 +67,12 @@ def _expand(pattern: str) -> list[str]:
             pieces.append(pattern[last:position])
             last = position + 1
         if depth == 0:
-            expanded = [full for piece in pieces for full in _expand(pattern[:start] + piece + pattern[position + 1 :])]
+            rest = pattern[position + 1 :]
+            expanded = [full for piece in pieces for full in _expand(pattern[:start] + piece + rest, whole)]
             if len(expanded) > _MOST_ALTERNATIVES:
-                raise PatternError(f"pattern {pattern!r} has more than {_MOST_ALTERNATIVES} alternatives")
+                raise PatternError(f"pattern {whole!r} has more than {_MOST_ALTERNATIVES} alternatives")
             return expanded
-    raise PatternError(f"pattern {pattern!r} opens a brace it never closes")
+    raise PatternError(f"pattern {whole!r} opens a brace it never closes")
 
 
 def _translate(pattern: str, whole: str) -> str:
@@ -101,9 +102,26 @@ def _part(part: str, whole: str) -> str:
                 raise PatternError(f"pattern {whole!r} opens a bracket it never closes")
             body = part[position:end]
             negated = body[0] in "!^"
-            body = (body[1:] if negated else body).replace("\\", r"\\").replace("[", r"\[").replace("^", r"\^")
-            result += f"(?!\\.)[{'^' if negated else ''}{body}]"
+            result += f"(?!\\.)[{'^' if negated else ''}{_choice(body[negated:], whole)}]"
             position = end + 1
         else:
             result += re.escape(character)
+    return result
+
+
+def _choice(body: str, whole: str) -> str:
+    """Return the inside of a bracket as that of a regular expression: single characters and ranges."""
+    if not body:
+        raise PatternError(f"pattern {whole!r} has an empty bracket")
+    result, position = "", 0
+    while position < len(body):
+        span = body[position : position + 3]
+        if len(span) == 3 and span[1] == "-":
+            if span[0] > span[2]:
+                raise PatternError(f"pattern {whole!r} has a range that runs backwards, {span!r}")
+            result += f"{re.escape(span[0])}-{re.escape(span[2])}"
+            position += 3
+        else:
+            result += re.escape(span[0])
+            position += 1
     return result

@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import hosting
 from .adapters.base import Adapter, exact
+from .chains import set_bias
 from .errors import GeometryError, MergeError, ShapeMismatch
 from .geometry import ConvGeometry, random_input
 from .kernels import Chain, ConvKernel, add_kernels, compose, embed_on_grid
 
 Form = Literal["absorbed", "single", "factored", "kept"]
 TOLERANCE = 1e-12  # relative to the largest output, in float64
-BESIDE, AFTER = "beside", "after"
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _after(job: Job, chains: Sequence[Chain], form: str) -> Merged:
         "kept",
         beside=False,
         before=type_of(job.target),
-        macs_single=single and single.geometry.macs,
+        macs_single=None if single is None else single.geometry.macs,
         macs_factored=factored,
     )
     if single is not None and (form == "single" or (form == "auto" and single.geometry.macs <= factored)):
@@ -224,7 +224,7 @@ def merged_layer(layer: nn.Module, kernel: ConvKernel) -> nn.Module:
     weight = kernel.weight.cpu()
     plain.weight = nn.Parameter(weight.flatten(1) if kernel.geometry.linear else weight, requires_grad=False)
     if kernel.bias is not None:
-        plain.bias = nn.Parameter(kernel.bias.cpu(), requires_grad=False)
+        set_bias(plain, nn.Parameter(kernel.bias.cpu(), requires_grad=False))
     return plain
 
 
@@ -235,23 +235,36 @@ def plain_chain(chain: Chain, like: nn.Module) -> nn.Sequential:
         if step.geometry.dynamic_kernel is None:
             steps.append(step.geometry.build(step.weight.cpu(), None if step.bias is None else step.bias.cpu()))
         else:
-            own = merged_layer(like, step)
-            if step.bias is None:
-                own.bias = None
+            own = merged_layer(bare_copy(like), step)
             steps.append(own)
     return nn.Sequential(*steps)
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
     """Return a copy without adapters, values as shown, in float64 on the CPU and in eval mode."""
-    copied = copy.deepcopy(module)
+    copied = _exact_copy(module)
     hosting.settle(copied)
     hosting.restore(copied)
-    return copied.to(device="cpu", dtype=torch.float64).eval()
+    return copied
+
+
+def bare_copy(layer: nn.Module) -> nn.Module:
+    """Return a layer of the same class and settings with no bias, no children and no hooks."""
+    copied: Any = plain_copy(layer)
+    copied.bias = None
+    copied._modules.clear()
+    copied._forward_hooks.clear()
+    copied._forward_pre_hooks.clear()
+    return copied
+
+
+def _exact_copy(module: nn.Module) -> nn.Module:
+    """Return a copy in float64 on the CPU and in eval mode; its hooks stay, for a hook may change what it computes."""
+    return copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval()
 
 
 def probe(job: Job, merged: Merged) -> tuple[nn.Module | None, list[nn.Sequential]]:
-    """Build the merged parts in float64 and run them against the adapted layer on a random input.
+    """Build the merged parts in float64 and run them against the adapted layer on random inputs.
 
     Returns:
         The merged layer (for kernels that replace the layer's), and the chains to add.
@@ -261,11 +274,18 @@ def probe(job: Job, merged: Merged) -> tuple[nn.Module | None, list[nn.Sequentia
     """
     chains = [plain_chain(chain, job.target) for chain in merged.chains]
     layer = None if merged.kernel is None else merged_layer(job.target, merged.kernel)
-    adapters = [copy.deepcopy(adapter).to(device="cpu", dtype=torch.float64).eval() for adapter in job.adapters]
+    adapters = [_exact_copy(adapter) for adapter in job.adapters]
     reference, candidate = _runs(job, merged, layer, chains, adapters)
-    geometry = adapters[0].site.geometry
+    geometry = job.adapters[0].site.geometry
     generator = torch.Generator().manual_seed(0)
-    x = random_input(_probe_geometry(job, merged, geometry), _probe_size(geometry, merged), generator)
+    smallest = _probe_size(geometry, merged)
+    for size in range(smallest, smallest + max(geometry.stride)):  # each way a stride can end at the border
+        _compare(reference, candidate, random_input(_probe_geometry(job, merged, geometry), size, generator))
+    return layer, chains
+
+
+def _compare(reference: Callable[[Tensor], Tensor], candidate: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Raise a MergeError if two functions of ``x`` differ by more than rounding."""
     try:
         with torch.no_grad():
             expected, got = reference(x), candidate(x)
@@ -278,25 +298,26 @@ def probe(job: Job, merged: Merged) -> tuple[nn.Module | None, list[nn.Sequentia
             f"the merged layer does not compute what the adapted one does: largest output {scale:.6g}, largest difference "
             f"{difference:.3g}, allowed {TOLERANCE * scale:.1g}. Its forward is not the convolution of its weight alone"
         )
-    return layer, chains
 
 
 def _runs(
-    job: Job, merged: Merged, layer: nn.Module | None, chains: Sequence[nn.Module], adapters: Sequence[Adapter]
+    job: Job, merged: Merged, layer: nn.Module | None, chains: Sequence[nn.Module], adapters: Sequence[nn.Module]
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Return two functions of the same input: the layer as adapted, and as merged."""
     if layer is None and not merged.beside:  # on a block's output: the block is the same in both, so only what is added
-        return lambda z: sum(adapter(z) for adapter in adapters), lambda z: sum(chain(z) for chain in chains)
+        return lambda z: _added(torch.zeros_like(z), adapters, z), lambda z: _added(torch.zeros_like(z), chains, z)
     own = plain_copy(job.target)
-    if job.target is job.layer:
-        adapted = copy.deepcopy(job.layer).to(device="cpu", dtype=torch.float64).eval()
-    else:
-        adapted = lambda x: (lambda z: z + sum(adapter(z) for adapter in adapters))(own(x))  # noqa: E731
+    adapted = _exact_copy(job.layer) if job.target is job.layer else lambda x: _added(own(x), adapters)
     if layer is not None:
         return adapted, layer
     bare = plain_copy(job.target)
-    bare.bias = None
-    return adapted, lambda x: bare(x) + sum(chain(x) for chain in chains)
+    bare.bias = None  # type: ignore[assignment]
+    return adapted, lambda x: _added(bare(x), chains, x)
+
+
+def _added(output: Tensor, parts: Sequence[nn.Module], x: Tensor | None = None) -> Tensor:
+    """Return ``output`` and what each part makes of ``x`` (unset: of the output) together."""
+    return sum((part(output if x is None else x) for part in parts), output)
 
 
 def _probe_geometry(job: Job, merged: Merged, geometry: ConvGeometry) -> ConvGeometry:

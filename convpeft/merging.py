@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import hosting
-from .errors import GeometryError, HostError, MergeError, OptionError
-from .merge_forms import AFTER, BESIDE, Form, Job, Merged, probe, solve, type_of
+from .chains import hang, set_bias
+from .errors import GeometryError, MergeError, OptionError
+from .merge_forms import Form, Job, Merged, probe, solve
 from .reports import table
 from .state import ATTRIBUTE, ModelState, adapter_at, module_at, require_state, slots_at
 
@@ -102,23 +103,22 @@ def plan_merge(model: nn.Module, *, form: str = "auto") -> MergePlan:
     """
     root, state = require_state(model)
     _check_form(form)
-    rows = []
-    for job in _jobs(root, state):
-        merged = solve(job, form)
-        rows.append(
-            MergeRow(
-                job.name,
-                merged.form,
-                merged.before,
-                merged.after,
-                merged.macs_before,
-                None if merged.form == "kept" else merged.macs_after,
-                merged.macs_single,
-                merged.macs_factored,
-                merged.reason,
-            )
-        )
+    rows = [_row(part.job, part.merged) for part in _work_out(root, state, form)]
     return MergePlan(tuple(rows), state.active)
+
+
+def _row(job: Job, merged: Merged) -> MergeRow:
+    return MergeRow(
+        job.name,
+        merged.form,
+        merged.before,
+        merged.after,
+        merged.macs_before,
+        None if merged.form == "kept" else merged.macs_after,
+        merged.macs_single,
+        merged.macs_factored,
+        merged.reason,
+    )
 
 
 def merge(model: nn.Module, *, form: str = "auto", inplace: bool = False, strict: bool = True) -> nn.Module:
@@ -143,28 +143,46 @@ def merge(model: nn.Module, *, form: str = "auto", inplace: bool = False, strict
     _check_form(form)
     model = model if inplace else copy.deepcopy(model)
     root, state = require_state(model)
-    reasons: dict[str, str] = {}
-    finished: list[tuple[Job, Merged, nn.Module | None, list[nn.Sequential]]] = []
-    for job in _jobs(root, state):
-        merged = solve(job, form)
-        try:
-            if merged.form == "kept":
-                raise MergeError(merged.reason)
-            layer, chains = probe(job, merged)
-            finished.append((job, merged, *_cast(job, layer, chains)))
-        except (MergeError, GeometryError) as error:
-            reasons[job.name] = str(error)
+    parts = _work_out(root, state, form)
+    reasons = {part.job.name: part.merged.reason for part in parts if part.merged.form == "kept"}
     if reasons and strict:
         lines = "\n".join(f"  {name or '(root)'}: {reason}" for name, reason in reasons.items())
         raise MergeError(
-            f"{len(reasons)} of {len(reasons) + len(finished)} layers cannot merge; the model is unchanged.\n{lines}\n"
+            f"{len(reasons)} of {len(parts)} layers cannot merge; the model is unchanged.\n{lines}\n"
             "merge(model, strict=False) merges the others and keeps these adapted.",
             reasons,
         )
     _drop_adapters(root, state, set(reasons))
-    for job, merged, layer, chains in finished:
-        _put(job, merged, layer, chains)
+    for part in parts:
+        if part.merged.form != "kept":
+            _put(part)
     return model
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One adapted layer, worked out and probed: the merged layer, or the chains to add, in the host's own dtype."""
+
+    job: Job
+    merged: Merged
+    layer: nn.Module | None = None
+    chains: tuple[nn.Sequential, ...] = ()
+
+
+def _work_out(root: nn.Module, state: ModelState, form: str) -> list[_Part]:
+    """Work out and probe every layer with active adapters; what cannot merge is ``kept``, with the reason."""
+    parts: list[_Part] = []
+    for job in _jobs(root, state):
+        merged = solve(job, form)
+        try:
+            if merged.form != "kept":
+                layer, chains = _cast(job, *probe(job, merged))
+                parts.append(_Part(job, merged, layer, tuple(chains)))
+                continue
+        except (MergeError, GeometryError) as error:
+            merged = merged.kept(str(error))
+        parts.append(_Part(job, merged))
+    return parts
 
 
 def _jobs(root: nn.Module, state: ModelState) -> list[Job]:
@@ -256,54 +274,19 @@ def _restore_requires_grad(root: nn.Module, state: ModelState) -> None:
         parameter.requires_grad_(state.requires_grad.get(key, False))
 
 
-def _put(job: Job, merged: Merged, layer: nn.Module | None, chains: list[nn.Sequential]) -> None:
+def _put(part: _Part) -> None:
     """Write the merged parts onto the target, in place."""
-    target = job.target
-    if layer is not None:
-        assert merged.kernel is not None
-        trains = target.weight.requires_grad
-        merged.kernel.geometry.imprint(target)
-        target.weight = nn.Parameter(layer.weight.detach(), requires_grad=trains)  # type: ignore[union-attr]
-        if layer.bias is not None:
-            target.bias = nn.Parameter(layer.bias.detach(), requires_grad=trains)  # type: ignore[union-attr]
+    target: Any = part.job.target
+    if part.layer is None:
+        hang(target, part.chains, beside=part.merged.beside, entry=part.job.entry)
         return
-    parts = nn.ModuleList(chains).train(target.training)
-    if merged.beside:
-        target.bias = None  # type: ignore[assignment]  # the chain has it
-        target.add_module(BESIDE, parts)
-        target.register_forward_hook(add_beside, with_kwargs=True, prepend=True)
-    else:
-        parts.entry = job.entry  # type: ignore[assignment]
-        target.add_module(AFTER, parts)
-        target.register_forward_hook(add_after, prepend=True)
-
-
-def add_beside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """Forward hook of a layer merged as ``factored``: add the plain chains, run on the layer's input.
-
-    Raises:
-        HostError: if the layer was fused with a norm after the merge (it has a bias, which went into the chain), for
-            that would leave the chains unscaled.
-    """
-    chains = module._modules[BESIDE]
-    if module.bias is not None:
-        raise HostError(
-            f"this {type_of(module)} was fused with a norm after a factored merge, which left its chain behind. Merge with "
-            "convpeft.merge(model, form='single') before fuse(), or do not fuse."
-        )
-    x = args[0] if args else kwargs["input"]
-    for chain in chains:  # type: ignore[union-attr]
-        output = output + chain(x)
-    return output
-
-
-def add_after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of a module whose output adapters were merged: add the plain chains, run on the output."""
-    chains = module._modules[AFTER]
-    changed = output
-    for chain in chains:  # type: ignore[union-attr]
-        changed = hosting.add_to_entry(output, changed, chains.entry, chain)  # type: ignore[union-attr]
-    return changed
+    assert part.merged.kernel is not None
+    layer: Any = part.layer
+    part.merged.kernel.geometry.imprint(target)
+    target.weight = nn.Parameter(layer.weight.detach(), requires_grad=target.weight.requires_grad)
+    if part.merged.kernel.bias is not None:
+        bias = part.merged.kernel.bias.to(layer.weight)
+        set_bias(target, nn.Parameter(bias, requires_grad=target.weight.requires_grad))
 
 
 def _check_form(form: str) -> None:

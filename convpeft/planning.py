@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,21 +9,16 @@ import torch
 from torch import nn
 
 from .adapters.base import Adapter, AdapterOptions, Place, Site, read_options
-from .errors import HostError, PatternError, SpecError, closest, raise_problems, shortened
+from .chains import carries_chains
+from .choosing import PLAIN_HOSTS, Candidate, Choice
+from .errors import HostError, PatternError, SpecError, raise_problems, shortened
 from .geometry import ConvGeometry, output_geometry
-from .hosting import base_class, base_modules, is_batchnorm_like
-from .matching import is_literal, matches
+from .hosting import base_class, is_batchnorm_like
 from .probing import OutputShape, known_channels, probe_outputs, unlike_its_convolution
-from .registry import LEAVE, adapter_class
+from .registry import adapter_class
 from .reports import table
 from .spec import Rule, Spec, Unfreeze
 from .state import LayerRecord
-
-_READS_WEIGHTS = {  # parents that read a child's weight themselves, past any adapter on it
-    nn.MultiheadAttention: ("out_proj",),
-    nn.TransformerEncoderLayer: ("linear1", "linear2"),
-}
-_PLAIN_HOSTS = (nn.Conv2d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -130,21 +124,6 @@ class Plan:
         return "\n".join(parts)
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """One of the user's modules under all its names."""
-
-    names: tuple[str, ...]
-    module: nn.Module
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
-
-    def matched_by(self, pattern: str) -> bool:
-        return any(matches(pattern, name) for name in self.names)
-
-
 def make_plan(model: nn.Module, spec: Spec, example_inputs: Any = None) -> Plan:
     """Return what ``inject`` would do, or raise for everything that is wrong; touches nothing.
 
@@ -153,7 +132,7 @@ def make_plan(model: nn.Module, spec: Spec, example_inputs: Any = None) -> Plan:
     """
     heading = f"cannot plan for this {base_class(model).__name__}"
     raise_problems(spec.problems(), heading)
-    chosen = _Chooser(model, spec)
+    chosen = Choice(model, spec)
     chosen.choose()
     raise_problems(chosen.problems, heading)
     layers = _Siting(model, chosen, example_inputs).plan()
@@ -180,141 +159,10 @@ def make_plan(model: nn.Module, spec: Spec, example_inputs: Any = None) -> Plan:
     )
 
 
-class _Chooser:
-    """Deals the modules out to the rules, first come first served, and collects problems."""
-
-    def __init__(self, model: nn.Module, spec: Spec) -> None:
-        self.spec = spec
-        self.model = model
-        names: dict[int, list[str]] = {}
-        modules: dict[int, nn.Module] = {}
-        for name, module in base_modules(model):
-            names.setdefault(id(module), []).append(name)
-            modules[id(module)] = module
-        self.candidates = [_Candidate(tuple(names[key]), module) for key, module in modules.items()]
-        self.by_name = {candidate.name: candidate for candidate in self.candidates}
-        self.bypassed = _bypassed(self.candidates)
-        self.taken: dict[str, int] = {}
-        self.chosen: list[tuple[_Candidate, int, Rule, Place]] = []
-        self.shadowed: list[tuple[str, int, int]] = []
-        self.left: list[str] = []
-        self.problems: list[SpecError] = []
-
-    def choose(self) -> None:
-        for number, rule in enumerate(self.spec.rules, 1):
-            self._deal(number, rule)
-        order = {candidate.name: position for position, candidate in enumerate(self.candidates)}
-        self.chosen.sort(key=lambda entry: order[entry[0].name])
-
-    def select(self, patterns: Iterable[str], label: str) -> list[tuple[str, bool, list[_Candidate]]]:
-        """Return, for each positive pattern, ``(as written, exact names only, the modules it matches)``."""
-        resolved = self.spec.resolve(patterns)
-        excluding = [(written, pattern[1:]) for written, pattern in resolved if pattern.startswith("!")]
-        for written, pattern in excluding:
-            if not any(candidate.matched_by(pattern) for candidate in self.candidates):
-                self._matches_nothing(label, written, pattern)
-        selected: list[tuple[str, bool, list[_Candidate]]] = []
-        for written, pattern in resolved:
-            if pattern.startswith("!"):
-                continue
-            matched = [candidate for candidate in self.candidates if candidate.matched_by(pattern)]
-            if not matched:
-                self._matches_nothing(label, written, pattern)
-                continue
-            kept = [c for c in matched if not any(c.matched_by(pattern) for _, pattern in excluding)]
-            if not kept:
-                self.problems.append(
-                    PatternError(f"{label}: every module {written!r} matches is excluded again by a '!' pattern")
-                )
-                continue
-            selected.append((written, is_literal(pattern), kept))
-        return selected
-
-    def _deal(self, number: int, rule: Rule) -> None:
-        label = f"rule {number}"
-        mine: dict[str, tuple[_Candidate, Place]] = {}
-        for written, literal, matched in self.select(rule.match, label):
-            narrowed = [candidate for candidate in matched if _passes(candidate.module, rule)]
-            if not narrowed:
-                self.problems.append(
-                    PatternError(
-                        f"{label}: {written!r} matches {len(matched)} modules, but none passes only/where ({_conditions(rule)})"
-                    )
-                )
-                continue
-            if rule.kind == LEAVE:
-                self.left += [c.name for c in narrowed]
-                served: list[tuple[_Candidate, Place]] = [(candidate, "output") for candidate in narrowed]
-            else:
-                served = self._served(rule, literal, narrowed)
-                if not served:
-                    self.problems.append(self._cannot_serve(label, written, rule, narrowed))
-                    continue
-            free = [(candidate, place) for candidate, place in served if candidate.name not in self.taken]
-            if not free:
-                winners = sorted({self.taken[candidate.name] for candidate, _ in served})
-                rules = ", ".join(f"rule {winner}" for winner in winners)
-                self.problems.append(
-                    PatternError(
-                        f"{label}: {written!r} gets nothing, because {rules} already took all {len(served)} modules it "
-                        "matches. The first rule wins: put the more particular rule first, or drop one."
-                    )
-                )
-            self.shadowed += [(c.name, number, self.taken[c.name]) for c, _ in served if c.name in self.taken]
-            mine.update({candidate.name: (candidate, place) for candidate, place in free})
-        for name, (candidate, place) in mine.items():
-            self.taken[name] = number
-            if rule.kind != LEAVE:
-                self.chosen.append((candidate, number, rule, place))
-
-    def _served(self, rule: Rule, literal: bool, matched: list[_Candidate]) -> list[tuple[_Candidate, Place]]:
-        """Return the modules the rule's kind can serve, with the place on each."""
-        places = (rule.place,) if rule.place else adapter_class(rule.kind).places
-        served: list[tuple[_Candidate, Place]] = []
-        for candidate in matched:
-            module = candidate.module
-            if "parallel" in places and isinstance(module, _PLAIN_HOSTS):
-                served.append((candidate, "parallel"))
-            elif "output" in places and _has_output(module):
-                block = next(module.children(), None) is not None or isinstance(module, nn.Identity)
-                if "parallel" not in places or (literal and block):
-                    served.append((candidate, "output"))
-        return served
-
-    def _cannot_serve(self, label: str, written: str, rule: Rule, matched: list[_Candidate]) -> PatternError:
-        classes = sorted({base_class(candidate.module).__name__ for candidate in matched})
-        places = adapter_class(rule.kind).places
-        serves = (
-            "the outputs of modules that are called"
-            if places == ("output",) or rule.place == "output"
-            else "Conv2d and Linear layers"
-        )
-        hint = (
-            " For adapters on the output of these modules say place: output."
-            if "output" in places and rule.place is None
-            else ""
-        )
-        return PatternError(
-            f"{label}: {written!r} matches only modules that kind {rule.kind!r} cannot serve ({shortened(classes)}); it serves {serves}.{hint}"
-        )
-
-    def _matches_nothing(self, label: str, written: str, pattern: str) -> None:
-        adaptable = [name for c in self.candidates for name in c.names if isinstance(c.module, _PLAIN_HOSTS)]
-        names = [name for c in self.candidates for name in c.names if name]
-        near = closest(pattern, adaptable) or closest(pattern, names)
-        self.problems.append(
-            PatternError(
-                f"{label}: {written!r} matches none of the {len(self.candidates)} modules ({len(adaptable)} adaptable layers) "
-                f"of {base_class(self.model).__name__}.{f' Closest: {near}.' if near else ''} "
-                "List them with [name for name, _ in model.named_modules()]."
-            )
-        )
-
-
 class _Siting:
     """Finds the site of each chosen adapter: geometry, channels, refusals, size."""
 
-    def __init__(self, model: nn.Module, chosen: _Chooser, example_inputs: Any) -> None:
+    def __init__(self, model: nn.Module, chosen: Choice, example_inputs: Any) -> None:
         self.model, self.chosen, self.example_inputs = model, chosen, example_inputs
         self.problems = chosen.problems
 
@@ -325,7 +173,7 @@ class _Siting:
 
     def _output_shapes(self) -> dict[str, OutputShape]:
         shapes: dict[str, OutputShape] = {}
-        unknown: list[tuple[_Candidate, Rule]] = []
+        unknown: list[tuple[Candidate, Rule]] = []
         for candidate, _, rule, place in self.chosen.chosen:
             if place == "parallel":
                 continue
@@ -342,7 +190,7 @@ class _Siting:
         return shapes
 
     def _layer(
-        self, candidate: _Candidate, number: int, rule: Rule, place: Place, shapes: dict[str, OutputShape]
+        self, candidate: Candidate, number: int, rule: Rule, place: Place, shapes: dict[str, OutputShape]
     ) -> PlannedLayer | None:
         label = f"rule {number}: {candidate.name or '(root)'} ({base_class(candidate.module).__name__})"
         refusal = self._host_refusal(candidate, place)
@@ -373,7 +221,7 @@ class _Siting:
             adapter.merge_refusal,
         )
 
-    def _host_refusal(self, candidate: _Candidate, place: Place) -> str | None:
+    def _host_refusal(self, candidate: Candidate, place: Place) -> str | None:
         module = candidate.module
         if isinstance(module, torch.jit.ScriptModule):
             return "a TorchScript module has no Python forward to extend"
@@ -381,7 +229,12 @@ class _Siting:
             return "its forward was replaced on the object itself (fused already?), so an adapter would never run"
         if id(module) in self.chosen.bypassed:
             return self.chosen.bypassed[id(module)]
-        if place == "parallel" and base_class(module) not in _PLAIN_HOSTS:
+        if place == "output" and carries_chains(module):
+            return (
+                "an earlier factored merge left plain chains here that an adapter on its output would not see; take that "
+                "merge with form='single', or put the adapter on the parent's output"
+            )
+        if place == "parallel" and base_class(module) not in PLAIN_HOSTS:
             return unlike_its_convolution(module)
         return None
 
@@ -404,7 +257,7 @@ class _Siting:
         return Site("output", output_geometry(shape.channels, shape.channels_last))
 
 
-def _owned(chosen: _Chooser, spec: Spec) -> dict[str, float]:
+def _owned(chosen: Choice, spec: Spec) -> dict[str, float]:
     """Return the modules with tensors of their own that train along, with their relative learning rates."""
     owned: dict[str, float] = {}
     for number, entry in enumerate(spec.unfreeze, 1):
@@ -435,32 +288,10 @@ def _owned(chosen: _Chooser, spec: Spec) -> dict[str, float]:
     return owned
 
 
-def _is_below(candidate: _Candidate, top: _Candidate) -> bool:
+def _is_below(candidate: Candidate, top: Candidate) -> bool:
     return any(
         not above or name == above or name.startswith(above + ".") for name in candidate.names for above in top.names
     )
-
-
-def _bypassed(candidates: list[_Candidate]) -> dict[int, str]:
-    """Return the modules whose weights a parent is known to read by itself, with the reason."""
-    found: dict[int, str] = {}
-    for candidate in candidates:
-        for parent, children in _READS_WEIGHTS.items():
-            if isinstance(candidate.module, parent):
-                for child in children:
-                    module = getattr(candidate.module, child, None)
-                    if module is not None:
-                        found[id(module)] = (
-                            f"its parent {parent.__name__} reads {child}.weight itself and would bypass the adapter; "
-                            "put the adapter on the parent's output instead"
-                        )
-    return found
-
-
-def _has_output(module: nn.Module) -> bool:
-    """Whether the module is one that is called (a ModuleList is not)."""
-    forward = base_class(module).forward
-    return getattr(forward, "__name__", "") != "_forward_unimplemented"
 
 
 def _has_tensors(module: nn.Module) -> bool:
@@ -469,32 +300,6 @@ def _has_tensors(module: nn.Module) -> bool:
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module._parameters.values() if parameter is not None]
-
-
-def _passes(module: nn.Module, rule: Rule) -> bool:
-    classes = {base.__name__ for base in base_class(module).__mro__}
-    if rule.only and not classes & set(rule.only):
-        return False
-    if not rule.where:
-        return True
-    if not isinstance(module, _PLAIN_HOSTS):
-        return False
-    geometry = ConvGeometry.of(module)
-    sides = (geometry.in_channels, geometry.out_channels)
-    size = rule.where.get("kernel_size", geometry.kernel_size)
-    tests = {
-        "min_channels": lambda value: min(sides) >= value,
-        "max_channels": lambda value: max(sides) <= value,
-        "kernel_size": lambda value: geometry.kernel_size == ((size, size) if isinstance(size, int) else tuple(size)),
-        "groups": lambda value: geometry.groups == value,
-        "depthwise": lambda value: (geometry.groups > 1 and geometry.in_per_group == 1) == value,
-    }
-    return all(tests[key](value) for key, value in rule.where.items())
-
-
-def _conditions(rule: Rule) -> str:
-    parts = [f"only: {', '.join(rule.only)}"] if rule.only else []
-    return "; ".join(parts + [f"{key}: {value}" for key, value in rule.where.items()])
 
 
 def check_host(module: nn.Module, name: str) -> None:

@@ -111,7 +111,7 @@ def inspect_adapter(path: str | Path) -> AdapterFile:
     try:
         with safe_open(path, framework="pt") as file:
             raw = (file.metadata() or {}).get(_KEY)
-            tensors = {key: (tuple(header[key]["shape"]), str(header[key]["dtype"])) for key in file.keys()}
+            tensors = {key: (tuple(header[key]["shape"]), str(header[key]["dtype"])) for key in sorted(file.keys())}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path} is damaged or no safetensors file: {error}") from error
     if raw is None:

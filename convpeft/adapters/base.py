@@ -60,7 +60,7 @@ class Adapter(nn.Module):
     def __init__(self, site: Site, options: AdapterOptions) -> None:
         super().__init__()
         self.site = site
-        self.options = options
+        self.options: Any = options
 
     @classmethod
     def refuses(cls, site: Site, options: Any) -> str | None:
@@ -141,18 +141,18 @@ def read_options(adapter: type[Adapter], raw: dict[str, Any]) -> tuple[AdapterOp
                 )
             )
             continue
-        value = tuple(value) if isinstance(value, list) else value
-        if not _fits(value, hints[key]):
-            problems.append(OptionError(f"{key} of kind {adapter.kind!r} must be {_say(hints[key])}, not {value!r}"))
+        given: Any = tuple(value) if isinstance(value, list) else value
+        if not _fits(given, hints[key]):
+            problems.append(OptionError(f"{key} of kind {adapter.kind!r} must be {_say(hints[key])}, not {given!r}"))
             continue
-        values[key] = float(value) if hints[key] is float else value
-    missing = [name for name, field in known.items() if _required(field) and name not in raw]
-    problems += [OptionError(f"kind {adapter.kind!r} needs the key {name!r}") for name in missing]
+        values[key] = float(given) if hints[key] is float else given
+    missing = [key for key, field in known.items() if _required(field) and key not in raw]
+    problems += [OptionError(f"kind {adapter.kind!r} needs the key {key!r}") for key in missing]
     if problems:
         return None, problems
-    options = adapter.Options(**values)
-    found = [OptionError(f"kind {adapter.kind!r}: {problem}") for problem in options.problems()]
-    return (None if found else options), found
+    checked = adapter.Options(**values)
+    found = [OptionError(f"kind {adapter.kind!r}: {problem}") for problem in checked.problems()]
+    return (None if found else checked), found
 
 
 def _required(field: Any) -> bool:

@@ -64,7 +64,7 @@ class Bottleneck(Adapter):
         self.up = _pointwise(site, hidden, channels)
         self.gate = nn.Parameter(torch.full((1,), options.gate))
         nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        nn.init.zeros_(self.up.bias)  # type: ignore[arg-type]
 
     @classmethod
     def refuses(cls, site: Site, options: BottleneckOptions) -> str | None:

@@ -9,14 +9,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..geometry import ConvGeometry
 from ..kernels import Chain, ConvKernel, compose_pointwise, embed_on_grid
 from ..registry import register_adapter
 from .base import Adapter, AdapterOptions, Site, exact, odd_kernels, positive, probability
+from .branches import Branch, shared_rank
 
 
 @dataclass(frozen=True)
@@ -46,29 +47,6 @@ class RepMonaOptions(AdapterOptions):
             yield "scale must not start at 0: with the up projection at 0 too, nothing would ever learn"
 
 
-class Branch(nn.Module):
-    """One depthwise convolution on the host's output grid, and its BatchNorm if there is one."""
-
-    def __init__(self, geometry: ConvGeometry, branch_norm: bool) -> None:
-        super().__init__()
-        self.geometry = geometry
-        self.weight = nn.Parameter(torch.empty(geometry.weight_shape()))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        self.norm = nn.BatchNorm2d(geometry.out_channels) if branch_norm else nn.Identity()
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the branch's map, ``(N, rank, H', W')``."""
-        return self.norm(self.geometry.convolve(hidden, self.weight))
-
-    def kernel(self) -> tuple[Tensor, Tensor]:
-        """Return the weight and bias, float64, with the norm's running statistics folded in."""
-        weight = exact(self.weight)
-        if isinstance(self.norm, nn.Identity):
-            return weight, weight.new_zeros(weight.shape[0])
-        gain = exact(self.norm.weight) / (exact(self.norm.running_var) + self.norm.eps).sqrt()
-        return weight * gain.view(-1, 1, 1, 1), exact(self.norm.bias) - exact(self.norm.running_mean) * gain
-
-
 @register_adapter("rep_mona")
 class RepMona(Adapter):
     """``f(x) = s * U( M(sum_k DW_k(D x)) + D x )``: D, M, U are 1x1, the DW_k depthwise, all linear.
@@ -88,14 +66,16 @@ class RepMona(Adapter):
         super().__init__(site, options)
         host = site.geometry
         groups = host.groups
-        rank = options.rank if groups == 1 else groups * max(1, min(options.rank // groups, host.out_per_group))
+        rank = shared_rank(host, options.rank)
         self.down_geometry = host.pointwise(host.in_channels, rank, groups)
         self.mix_geometry = host.pointwise(rank, rank, groups)
         self.up_geometry = host.pointwise(rank, host.out_channels, groups)
         inner = host.with_channels(rank, rank, groups=rank)
         self.centre = inner.resized((1, 1))
         self.down = nn.Parameter(torch.empty(self.down_geometry.weight_shape()))
-        self.branches = nn.ModuleList(Branch(inner.resized((k, k)), options.branch_norm) for k in options.kernel_sizes)
+        self.branches: Any = nn.ModuleList(
+            Branch(inner.resized((k, k)), norm=options.branch_norm) for k in options.kernel_sizes
+        )
         self.mix = nn.Parameter(torch.empty(self.mix_geometry.weight_shape()))
         self.up = nn.Parameter(torch.zeros(self.up_geometry.weight_shape()))
         self.scale = nn.Parameter(torch.full((1,), options.scale))
@@ -123,8 +103,8 @@ class RepMona(Adapter):
         size = grid.covering(*((k, k) for k in self.options.kernel_sizes)).kernel_size
         rank = self.down_geometry.out_channels
         kernels = [branch.kernel() for branch in self.branches]
-        placed = sum(self._place(weight, size) for weight, _ in kernels)
-        bias = sum(bias for _, bias in kernels)
+        placed = reduce(torch.add, [self._place(weight, size) for weight, _ in kernels])
+        bias = reduce(torch.add, [bias for _, bias in kernels])
         centre = self._place(exact(torch.ones_like(self.down[:, :1, :1, :1])), size)
         depthwise = torch.stack([placed, centre], 1).flatten(0, 1)
         depthwise_bias = torch.stack([bias, torch.zeros_like(bias)], 1).flatten()

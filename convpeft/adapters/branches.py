@@ -1,0 +1,51 @@
+"""The depthwise branches that the Rep-MoNA, MoNA and mixture-of-experts kinds are made of."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..geometry import ConvGeometry
+from .base import exact
+
+
+class Branch(nn.Module):
+    """One depthwise convolution on a given grid, with its bias or its BatchNorm if asked for.
+
+    Args:
+        geometry: depthwise: as many groups as channels.
+        norm: a BatchNorm after the convolution; its statistics belong to the adapter and fold away.
+        bias: of the convolution.
+    """
+
+    def __init__(self, geometry: ConvGeometry, *, norm: bool = False, bias: bool = False) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.weight = nn.Parameter(torch.empty(geometry.weight_shape()))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.bias = nn.Parameter(torch.zeros(geometry.out_channels)) if bias else None
+        self.norm: Any = nn.BatchNorm2d(geometry.out_channels) if norm else nn.Identity()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the branch's map, ``(N, rank, H', W')``."""
+        return self.norm(self.geometry.convolve(hidden, self.weight, self.bias))
+
+    def kernel(self) -> tuple[Tensor, Tensor]:
+        """Return the weight and bias, float64, with the norm's running statistics folded in."""
+        weight = exact(self.weight)
+        bias = weight.new_zeros(weight.shape[0]) if self.bias is None else exact(self.bias)
+        if isinstance(self.norm, nn.Identity):
+            return weight, bias
+        gain = exact(self.norm.weight) / (exact(self.norm.running_var) + self.norm.eps).sqrt()
+        shift = exact(self.norm.bias) + (bias - exact(self.norm.running_mean)) * gain
+        return weight * gain.view(-1, 1, 1, 1), shift
+
+
+def shared_rank(host: ConvGeometry, rank: int) -> int:
+    """Return the width of a detour of a given rank; a grouped host shares it out, at least 1 for each group."""
+    if host.groups == 1:
+        return rank
+    return host.groups * max(1, min(rank // host.groups, host.out_per_group))
