@@ -6,6 +6,7 @@ import os
 import tempfile
 
 os.environ.update(YOLO_OFFLINE="1", YOLO_AUTOINSTALL="false", HF_HUB_OFFLINE="1")  # read when ultralytics is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # several workers on few cores: idle threads must not spin
 os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="convpeft-yolo-")
 
 import pytest

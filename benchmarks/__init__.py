@@ -1,0 +1,1 @@
+"""One question per script; all of them run their cases side by side through ``runner``."""
