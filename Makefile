@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 ARGS ?=
+# idle threads must not spin: a process next to others on few cores would be several times slower
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help demo test quick check format docs clean
 
