@@ -1,6 +1,7 @@
 """convpeft: parameter-efficient adapters for convolutional detectors. Exact, framework-agnostic, mergeable."""
 
 from .adapters import Adapter, AdapterOptions, Site
+from .checking import check
 from .errors import (
     AdapterConflict,
     AdapterFileError,
@@ -20,7 +21,7 @@ from .errors import (
     UnknownKind,
 )
 from .geometry import ConvGeometry
-from .injection import active_adapters, check, disabled, eject, inject, plan, set_active, using
+from .injection import active_adapters, disabled, eject, inject, plan, set_active, using
 from .merging import MergePlan, merge, plan_merge
 from .planning import Plan
 from .registry import adapter_kinds, register_adapter

@@ -7,6 +7,7 @@ model pickles, copies, compiles and exports like any other; it needs convpeft on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def add_beside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             f"this {hosting.base_class(module).__name__} was fused with a norm after a factored merge, which left its "
             "chain behind. Merge with convpeft.merge(model, form='single') before fuse(), or do not fuse."
         )
-    x = args[0] if args else kwargs["input"]
+    x = args[0] if args else next(iter(kwargs.values()))
     for chain in chains:
         output = output + chain(x)
     return output
@@ -82,3 +83,34 @@ def add_after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     for chain in chains:
         changed = hosting.add_to_entry(output, changed, chains.entry, chain)
     return changed
+
+
+def refuse_fusing(model: nn.Module) -> None:
+    """Let every module with chains in it refuse to be fused from now on, in place.
+
+    Methods such as ultralytics' ``fuse`` rewrite or replace layers by what their weights say, and would pass the chains
+    by, some of them without a sound.
+    """
+    names = [name for name, module in model.named_modules() if carries_chains(module)]
+    for above, module in model.named_modules():
+        if any(not above or name == above or name.startswith(above + ".") for name in names):
+            for method in hosting.FUSING_METHODS:
+                if callable(getattr(type(module), method, None)):
+                    module.__dict__[method] = partial(_refuse, hosting.base_class(module).__name__, method)
+
+
+def allow_fusing(model: nn.Module) -> None:
+    """Undo ``refuse_fusing``, in place."""
+    for module in model.modules():
+        for method in hosting.FUSING_METHODS:
+            entry = module.__dict__.get(method)
+            if isinstance(entry, partial) and entry.func is _refuse:
+                del module.__dict__[method]
+
+
+def _refuse(owner: str, method: str, *args: Any, **kwargs: Any) -> Any:
+    raise HostError(
+        f"{owner}.{method}() rewrites layers by their weights alone and would pass by the chains that a factored merge "
+        "left. Merge with convpeft.merge(model, form='single') instead, or, for an ultralytics model, call "
+        "convpeft.integrations.ultralytics.fuse(model); the model is unchanged."
+    )

@@ -113,7 +113,6 @@ class Choice:
                 )
                 continue
             if rule.kind == LEAVE:
-                self.left += [c.name for c in narrowed]
                 served: list[tuple[Candidate, Place]] = [(candidate, "output") for candidate in narrowed]
             else:
                 served = self._served(rule, literal, narrowed)
@@ -130,11 +129,14 @@ class Choice:
                         "matches. The first rule wins: put the more particular rule first, or drop one."
                     )
                 )
-            self.shadowed += [(c.name, number, self.taken[c.name]) for c, _ in served if c.name in self.taken]
+            lost = [(c.name, number, self.taken[c.name]) for c, _ in served if c.name in self.taken]
+            self.shadowed += [entry for entry in lost if entry not in self.shadowed]
             mine.update({candidate.name: (candidate, place) for candidate, place in free})
         for name, (candidate, place) in mine.items():
             self.taken[name] = number
-            if rule.kind != LEAVE:
+            if rule.kind == LEAVE:
+                self.left.append(name)
+            else:
                 self.chosen.append((candidate, number, rule, place))
 
     def _served(self, rule: Rule, literal: bool, matched: list[Candidate]) -> list[tuple[Candidate, Place]]:
@@ -199,7 +201,7 @@ def _bypassed(candidates: list[Candidate]) -> dict[int, str]:
 
 def _has_output(module: nn.Module) -> bool:
     """Whether the module is one that is called (a ModuleList is not)."""
-    forward = base_class(module).forward
+    forward = getattr(base_class(module), "forward", None)  # a TorchScript module's class shows none
     return getattr(forward, "__name__", "") != "_forward_unimplemented"
 
 

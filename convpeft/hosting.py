@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,20 @@ SLOT = "convpeft"
 STASH = "_stash"
 BASE = "_base"
 FUSING_METHODS = ("fuse", "fuse_convs", "reparameterize", "switch_to_deploy")
+
+
+class Host(NamedTuple):
+    """The layer an adapter sits beside, lent for one call: by reference, never kept and never registered.
+
+    Attributes:
+        weight: of the layer, as it is shown now (a base checkpoint loaded since, an adapter's own unfrozen values, ...).
+        bias: of the layer, or None.
+        output: what the layer itself made of this very input, without any adapter.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    output: Tensor
 
 
 class Tensors(nn.Module):
@@ -51,6 +65,9 @@ class Slots(nn.ModuleDict):
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         self._modules[key] = module  # ModuleDict refuses names such as "train"; adapters may be called anything
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # Module would refuse an attribute that an adapter is called like
 
     def adapters(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the adapters by name."""
@@ -92,7 +109,7 @@ class Adapted:
         for name in slots.active:
             adapter = slots._modules[name]
             if adapter.site.place == "parallel":
-                output = output + adapter(args[0] if args else kwargs["input"])
+                output = output + update(self, adapter, args[0] if args else next(iter(kwargs.values())), own)  # type: ignore[arg-type]
             else:
                 output = add_to_entry(own, output, slots.outputs.get(name), adapter)
         return output
@@ -113,12 +130,12 @@ class Adapted:
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if self._modules[SLOT].owners:  # type: ignore[attr-defined]
-            _route_checkpoint(self, state_dict, prefix)  # type: ignore[arg-type]
+            _route_checkpoint(self, state_dict, prefix, args[-1])  # type: ignore[arg-type]
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
 
-class _AdaptedSequential(Adapted):
-    """For ``nn.Sequential``: the extra child is no step of it."""
+class _AdaptedSequence(Adapted):
+    """For ``nn.Sequential`` and ``nn.ModuleList``: the extra child is no step of it."""
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter([module for name, module in self._modules.items() if name != SLOT])  # type: ignore[attr-defined]
@@ -130,7 +147,7 @@ class _AdaptedSequential(Adapted):
         plain = list(self)
         if isinstance(index, slice):
             names = [name for name in self._modules if name != SLOT][index]  # type: ignore[attr-defined]
-            picked = nn.Sequential()
+            picked = nn.Sequential() if isinstance(self, nn.Sequential) else nn.ModuleList()
             for name, module in zip(names, plain[index], strict=True):
                 picked._modules[name] = module
             return picked
@@ -142,6 +159,9 @@ class _AdaptedModuleDict(Adapted):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.keys()
 
     def __len__(self) -> int:
         return len(self._modules) - 1  # type: ignore[attr-defined]
@@ -159,6 +179,20 @@ class _AdaptedModuleDict(Adapted):
         return {name: module for name, module in self._modules.items() if name != SLOT}.items()  # type: ignore[attr-defined]
 
 
+def update(layer: nn.Module, adapter: nn.Module, x: Tensor, own: Tensor) -> Tensor:
+    """Return what a parallel adapter adds to its layer's output.
+
+    Args:
+        layer: the host.
+        adapter: beside it.
+        x: the layer's input.
+        own: what the layer itself makes of ``x``; lent, with the layer's weight, to an adapter that reads its host.
+    """
+    if adapter.reads_host:
+        return adapter(x, Host(layer.weight, layer.bias, own))  # type: ignore[arg-type]
+    return adapter(x)
+
+
 def add_to_entry(base: Any, output: Any, entry: int | str | None, function: Any) -> Any:
     """Return ``output`` with ``function(base)`` added, or to the one ``entry`` of it that is a tensor."""
     if entry is None:
@@ -168,21 +202,29 @@ def add_to_entry(base: Any, output: Any, entry: int | str | None, function: Any)
                 "'output: <index or key>' in the rule"
             )
         return output + function(base)
+    index = located(output, entry)
     if isinstance(output, dict):
         changed = output.copy()
-        changed[entry] = output[entry] + function(base[entry])
+        changed[index] = output[index] + function(base[index])
         return changed
     entries = list(output)
-    entries[entry] = output[entry] + function(base[entry])  # type: ignore[index]
+    entries[index] = output[index] + function(base[index])
     return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)
+
+
+def located(output: Any, entry: int | str) -> Any:
+    """Return the index or key of an output's entry; a namedtuple's may be given by field, a ModelOutput's by index."""
+    if isinstance(entry, int) and hasattr(output, "to_tuple") and entry not in output:
+        return list(output)[entry]
+    return output._fields.index(entry) if isinstance(entry, str) and hasattr(output, "_fields") else entry
 
 
 @cache
 def adapted_class(base: Any) -> Any:
     """Return the generated subclass ``Adapted<Base>``: the mixin in front of exactly ``base``."""
     mixin: type = Adapted
-    if issubclass(base, nn.Sequential):
-        mixin = _AdaptedSequential
+    if issubclass(base, (nn.Sequential, nn.ModuleList)):
+        mixin = _AdaptedSequence
     elif issubclass(base, nn.ModuleDict):
         mixin = _AdaptedModuleDict
     body: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, "adapted_from": base}
@@ -234,13 +276,20 @@ def restore(module: nn.Module) -> None:
         module.training = slots.wanted_training
 
 
+def wants_training(module: nn.Module) -> bool:
+    """Return the mode ``train()`` last asked a module for, which a held norm does not show."""
+    slots = slots_of(module)
+    return slots.wanted_training if slots is not None and slots.held else module.training
+
+
 def hold(module: nn.Module, held: bool) -> None:
     """Keep a norm in eval mode from now on, or let it follow ``train()`` again, in place."""
     slots = adapt(module)
     if held and not slots.held:
         slots.wanted_training = module.training
+    if held or slots.held:
+        module.training = slots.wanted_training and not held
     slots.held = held
-    module.training = slots.wanted_training and not held
 
 
 def add_owner(module: nn.Module, owner: str, drawer: Tensors) -> None:
@@ -308,11 +357,12 @@ def _exchange(module: nn.Module, source: Tensors, target: Tensors) -> None:
             place[name] = incoming.pop(name)
 
 
-def _route_checkpoint(module: nn.Module, state_dict: dict, prefix: str) -> None:
+def _route_checkpoint(module: nn.Module, state_dict: dict, prefix: str, errors: list[str]) -> None:
     """Rewrite a checkpoint's entries for a module with owners so that each value finds its owner.
 
     A base checkpoint goes to the base, wherever the base's values are now; a checkpoint that was saved while another
-    adapter was active is sorted by owner. ``state_dict`` is torch's private copy for this call.
+    adapter was active is sorted by owner; where nothing tells whose the plain entries are, that is one of the ``errors``
+    torch will raise. ``state_dict`` is torch's private copy for this call.
     """
     slots = slots_of(module)
     assert slots is not None
@@ -326,6 +376,13 @@ def _route_checkpoint(module: nn.Module, state_dict: dict, prefix: str) -> None:
         stated = {owner: f"{stash}{owner}." for owner in (BASE, *slots.owners) if owner in present}
         if len(absent) == 1:
             stated[absent[0]] = prefix
+        elif absent:
+            stated = {}
+            errors.append(
+                f"{prefix.removesuffix('.') or '(root)'}: the checkpoint was saved with other adapters than "
+                f"{', '.join(map(repr, slots.owners))}, so nothing tells whose its plain entries are. Resume with the "
+                "adapters it was saved with, or use convpeft.save_adapter and convpeft.load_adapter."
+            )
     values = {owner: {n: state_dict.pop(at + n) for n in names if at + n in state_dict} for owner, at in stated.items()}
     for owner in (BASE, *slots.owners):
         current = shown_tensors(module, owner)
@@ -353,7 +410,7 @@ def is_batchnorm_like(module: nn.Module) -> bool:
     """Return whether the module keeps running statistics that training changes (BatchNorm, SyncBN, timm's)."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return True
-    buffers = module._buffers
+    buffers = dict(module._buffers.items())  # a TorchScript module has no dict here
     return all(buffers.get(name) is not None for name in ("running_mean", "running_var"))
 
 

@@ -16,7 +16,6 @@ from . import hosting
 from .adapters.base import Adapter
 from .errors import AdapterConflict, SpecError, StateError
 from .planning import Plan, check_host, make_plan
-from .probing import as_inputs
 from .registry import adapter_class
 from .spec import Spec
 from .state import (
@@ -115,24 +114,28 @@ def build(root: nn.Module, report: Plan) -> Built:
         device, dtype = hosting.device_and_dtype([module_at(root, layer.name), root])
         with torch.device(device):
             adapter = adapter_class(layer.kind)(layer.site, layer.options)
-        adapters[layer.name] = adapter.to(dtype=dtype).train(module_at(root, layer.name).training)
+        adapters[layer.name] = adapter.to(dtype=dtype).train(hosting.wants_training(module_at(root, layer.name)))
+    return Built(adapters, copied_base(root, report.owned))
+
+
+def copied_base(root: nn.Module, names: Iterable[str]) -> dict[str, hosting.Tensors]:
+    """Return copies of the base's own tensors of modules by name, whichever adapter is shown at the moment.
+
+    A tensor that two of the modules share is one tensor among the copies too.
+    """
+    copies: dict[int, torch.Tensor] = {}
     drawers: dict[str, hosting.Tensors] = {}
-    for name in report.owned:
-        drawers[name] = copied_base(root, name)
-    return Built(adapters, drawers)
-
-
-def copied_base(root: nn.Module, name: str) -> hosting.Tensors:
-    """Return copies of the base's own tensors of a module, whichever adapter is shown at the moment."""
-    module = module_at(root, name)
-    drawer = hosting.Tensors()
-    for key, tensor in hosting.shown_tensors(module, hosting.BASE).items():
-        copied = tensor.detach().clone()
-        if isinstance(tensor, nn.Parameter):
-            drawer._parameters[key] = nn.Parameter(copied, requires_grad=copied.is_floating_point())
-        else:
-            drawer._buffers[key] = copied
-    return drawer
+    for name in names:
+        drawers[name] = drawer = hosting.Tensors()
+        for key, tensor in hosting.shown_tensors(module_at(root, name), hosting.BASE).items():
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.detach().clone()
+                if isinstance(tensor, nn.Parameter):
+                    copied = copies[id(tensor)]
+                    copies[id(tensor)] = nn.Parameter(copied, requires_grad=copied.is_floating_point())
+            store = drawer._parameters if isinstance(tensor, nn.Parameter) else drawer._buffers
+            store[key] = copies[id(tensor)]  # type: ignore[assignment]
+    return drawers
 
 
 def install(root: nn.Module, name: str, record: AdapterRecord, built: Built) -> None:
@@ -140,6 +143,11 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built) -> 
     state = find_state(root)
     before = _Before(root, state)
     if state is None:
+        if before.swapped:
+            raise StateError(
+                f"this {hosting.base_class(root).__name__} is part of a model that has adapters already, or a copy of such "
+                "a part. Inject into that model, with patterns for this part, or eject its adapters first."
+            )
         state = ModelState(
             requires_grad={key: p.requires_grad for key, p in root.named_parameters(remove_duplicate=False)}
         )
@@ -187,6 +195,7 @@ class _Before:
     def __init__(self, root: nn.Module, state: ModelState | None) -> None:
         self.fresh = state is None
         self.active = () if state is None else state.active
+        self.trained = () if state is None else state.trained
         self.requires_grad = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
         self.swapped = {id(module) for _, module in _unique(root) if hosting.slots_of(module) is not None}
 
@@ -205,6 +214,7 @@ class _Before:
                     state.swapped.remove(key)
         if state is not None:
             state.adapters.pop(name, None)
+            state.trained = self.trained
             if self.fresh:
                 root.__dict__.pop(ATTRIBUTE, None)
         for parameter, flag in self.requires_grad:
@@ -286,12 +296,15 @@ def using(model: nn.Module, names: str | Iterable[str] | None) -> Iterator[nn.Mo
         UnknownAdapter, AdapterConflict: as ``set_active`` does.
     """
     root, state = require_state(model)
-    before = state.active
+    before, trained = state.active, state.trained
     _switch(root, state, _names(state, names))
     try:
         yield model
     finally:
-        _switch(root, state, tuple(name for name in before if name in state.adapters))
+        if find_state(root) is state:  # else all was ejected inside
+            _switch(root, state, tuple(name for name in before if name in state.adapters))
+            if state.trained != trained:  # somebody switched inside for good, as they thought
+                _train_only(root, state, trained)
 
 
 def disabled(model: nn.Module) -> Any:
@@ -300,8 +313,10 @@ def disabled(model: nn.Module) -> Any:
 
 
 def _names(state: ModelState, names: str | Iterable[str] | None) -> tuple[str, ...]:
-    wanted = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+    wanted: tuple[Any, ...] = () if names is None else tuple(names) if _are_several(names) else (names,)
     for name in wanted:
+        if not isinstance(name, str):
+            raise StateError(f"names of adapters are texts, not {name!r}")
         record_of(state, name)
     if len(set(wanted)) < len(wanted):
         raise StateError(f"an adapter is named twice in {list(wanted)}")
@@ -315,6 +330,10 @@ def _names(state: ModelState, names: str | Iterable[str] | None) -> tuple[str, .
                 )
             owner[key] = name
     return wanted
+
+
+def _are_several(names: Any) -> bool:
+    return isinstance(names, Iterable) and not isinstance(names, str)
 
 
 def _switch(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
@@ -346,8 +365,13 @@ def _present(root: nn.Module, state: ModelState) -> list[tuple[str, hosting.Slot
 
 def _train_only_active(root: nn.Module, state: ModelState) -> None:
     """Let exactly the active adapters' parameters, and their own values of unfrozen tensors, require gradients."""
+    _train_only(root, state, state.active)
+
+
+def _train_only(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
+    state.trained = tuple(name for name in names if name in state.adapters)
     for name, record in state.adapters.items():
-        flag = name in state.active
+        flag = name in names
         for key in record.layers:
             adapter_at(root, key, name).requires_grad_(flag)
         for key in record.owned:
@@ -374,74 +398,3 @@ def _check_name(root: nn.Module, name: str) -> None:
         raise StateError(
             f"an adapter {name!r} is already in the model. Take another name, or convpeft.eject(model, {name!r}) first."
         )
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """Which adapters ran in one forward pass; print it.
-
-    Attributes:
-        called: ``layer: adapter name`` of each that ran.
-        never_called: of each that did not.
-    """
-
-    called: tuple[str, ...]
-    never_called: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether every active adapter ran."""
-        return not self.never_called
-
-    def __str__(self) -> str:
-        if self.ok:
-            return f"all {len(self.called)} active adapters were called"
-        lines = "\n".join(f"  {entry}" for entry in self.never_called)
-        return (
-            f"{len(self.never_called)} of {len(self.called) + len(self.never_called)} active adapters were never called:\n{lines}\n"
-            "Either the layer did not run on these inputs, or its parent reads the layer's weight itself: put the "
-            "adapter on the parent's output instead (place: output)."
-        )
-
-
-def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport:
-    """Run one forward pass and name every active adapter that was never called.
-
-    The pass runs in eval mode without gradients, and each module's mode is as before afterwards.
-
-    Args:
-        model: an injected model.
-        inputs, kwargs: what the model is called with.
-
-    Raises:
-        StateError: if nothing is injected or no adapter is active.
-    """
-    root, state = require_state(model)
-    if not state.active:
-        raise StateError("no adapter is active, so none could be called: convpeft.set_active(model, name) first")
-    watched = [
-        (f"{key or '(root)'}: {name}", adapter_at(root, key, name))
-        for name in state.active
-        for key in state.adapters[name].layers
-    ]
-    called: set[str] = set()
-
-    def note(label: str) -> Any:
-        return lambda module, args, output: called.add(label)
-
-    handles = [adapter.register_forward_hook(note(label)) for label, adapter in watched]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            model(*as_inputs(inputs), **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes:
-            module.training = mode
-    labels = [label for label, _ in watched]
-    return CheckReport(
-        tuple(label for label in labels if label in called), tuple(label for label in labels if label not in called)
-    )

@@ -19,6 +19,8 @@ from .kernels import Chain, ConvKernel, add_kernels, compose, embed_on_grid
 
 Form = Literal["absorbed", "single", "factored", "kept"]
 TOLERANCE = 1e-12  # relative to the largest output, in float64
+_COMPUTED = "its weight is not a plain parameter (parametrised, weight-normed or pruned)"
+_NOT_FINITE = "its own weight or bias is not finite"
 
 
 @dataclass(frozen=True)
@@ -85,25 +87,34 @@ def solve(job: Job, form: str) -> Merged:
             is absorbed in any case: nothing is cheaper.
     """
     refused = Merged("kept", before=type_of(job.target))
+    host = host_kernel(job.target)
     try:
-        beside = [adapter.chain() for adapter in job.adapters if adapter.site.place == "parallel"]
+        beside = [_chain_beside(adapter, host) for adapter in job.adapters if adapter.site.place == "parallel"]
         after = [adapter.chain() for adapter in job.adapters if adapter.site.place == "output"]
     except (MergeError, GeometryError) as error:
         return refused.kept(str(error))
     kernels = [step for chain in (*beside, *after) for step in chain]
     if not all(_is_finite(kernel) for kernel in kernels):
         return refused.kept("an adapter has non-finite weights")
-    host = host_kernel(job.target)
     if host is None and isinstance(job.target, (nn.Conv2d, nn.Linear)):
-        return refused.kept("its weight is not a plain parameter (parametrised, weight-normed or pruned)")
+        return refused.kept(_COMPUTED)
     if host is not None and not _is_finite(host):
-        return refused.kept("its own weight or bias is not finite")
+        return refused.kept(_NOT_FINITE)
     if host is not None and job.entry is None and _is_foldable(host, after):
         beside += [(compose([host, *chain]),) for chain in after]
         return _beside(host, beside, form)
     if beside and after:
         return refused.kept("it has adapters beside it and on its output that do not fold into one kernel")
     return _beside(host, beside, form) if beside and host else _after(job, after, form)
+
+
+def _chain_beside(adapter: Adapter, host: ConvKernel | None) -> Chain:
+    """Return a parallel adapter's chain, which may depend on the host's own kernel."""
+    if not adapter.reads_host:
+        return adapter.chain()
+    if host is None or not _is_finite(host):
+        raise MergeError(_COMPUTED if host is None else _NOT_FINITE)
+    return adapter.chain_beside(host)
 
 
 def host_kernel(layer: nn.Module) -> ConvKernel | None:

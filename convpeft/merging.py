@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from . import hosting
-from .chains import hang, set_bias
+from .chains import hang, refuse_fusing, set_bias
 from .errors import GeometryError, MergeError, OptionError
+from .folding import Fold, fold_parts, put_folds
 from .merge_forms import Form, Job, Merged, probe, solve
 from .reports import table
 from .state import ATTRIBUTE, ModelState, adapter_at, module_at, require_state, slots_at
@@ -133,7 +134,8 @@ def merge(model: nn.Module, *, form: str = "auto", inplace: bool = False, strict
         model: an injected model.
         form: see ``plan_merge``.
         inplace: change the given model, to save memory.
-        strict: refuse if any layer cannot merge; otherwise such layers stay adapted.
+        strict: refuse if any layer cannot merge; otherwise such layers stay adapted, with what is linear in their
+            adapters folded (the plan says what).
 
     Raises:
         MergeError: naming every layer that cannot merge, with its reason; the model is as it was.
@@ -154,19 +156,23 @@ def merge(model: nn.Module, *, form: str = "auto", inplace: bool = False, strict
         )
     _drop_adapters(root, state, set(reasons))
     for part in parts:
-        if part.merged.form != "kept":
+        if part.merged.form == "kept":
+            put_folds(part.job.layer, part.folds)
+        else:
             _put(part)
+    refuse_fusing(model)
     return model
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One adapted layer, worked out and probed: the merged layer, or the chains to add, in the host's own dtype."""
+    """One adapted layer, worked out and probed: the merged layer, the chains to add, or the folded adapters that stay."""
 
     job: Job
     merged: Merged
     layer: nn.Module | None = None
     chains: tuple[nn.Sequential, ...] = ()
+    folds: tuple[Fold, ...] = ()
 
 
 def _work_out(root: nn.Module, state: ModelState, form: str) -> list[_Part]:
@@ -181,7 +187,9 @@ def _work_out(root: nn.Module, state: ModelState, form: str) -> list[_Part]:
                 continue
         except (MergeError, GeometryError) as error:
             merged = merged.kept(str(error))
-        parts.append(_Part(job, merged))
+        folds = fold_parts(job)
+        reason = "; ".join(dict.fromkeys([merged.reason, *(fold.what for fold in folds)]))
+        parts.append(_Part(job, merged.kept(reason), folds=folds))
     return parts
 
 
@@ -195,12 +203,12 @@ def _jobs(root: nn.Module, state: ModelState) -> list[Job]:
         adapters = tuple(adapter_at(root, name, a) for a in state.active if name in state.adapters[a].layers)
         entries = [state.adapters[a].layers[name].output for a in state.active if name in state.adapters[a].layers]
         target_name, target = name, layer
-        while hosting.base_class(target).forward is nn.Sequential.forward and len(target):  # type: ignore[arg-type]
+        while getattr(hosting.base_class(target), "forward", None) is nn.Sequential.forward and len(target):  # type: ignore[arg-type]
             step = [key for key in target._modules if key != hosting.SLOT][-1]
             target_name = f"{target_name}.{step}" if target_name else step
             target = target._modules[step]  # type: ignore[assignment]
         taken = target_name in adapted or any(job.target is target for job in jobs) or _is_shared(root, target)
-        if target is not layer and taken:
+        if target is not layer and (taken or isinstance(target, torch.jit.ScriptModule)):
             target_name, target = name, layer
         jobs.append(Job(name, target_name, layer, target, adapters, entries[0]))
     return jobs
@@ -216,7 +224,7 @@ def _cast(
     """Bring float64 parts to the host's device and dtype: the one rounding of a merge."""
     if layer is None and base_is_sequential(job.target):
         raise MergeError(
-            "it is a Sequential whose last step cannot take the chain (it is adapted itself, or shared): put the "
+            "it is a Sequential whose last step cannot take the chain (it is adapted itself, shared, or TorchScript): put the "
             "adapter on that step's output"
         )
     device, dtype = hosting.device_and_dtype([job.adapters[0]])

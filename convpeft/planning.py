@@ -13,12 +13,14 @@ from .chains import carries_chains
 from .choosing import PLAIN_HOSTS, Candidate, Choice
 from .errors import HostError, PatternError, SpecError, raise_problems, shortened
 from .geometry import ConvGeometry, output_geometry
-from .hosting import base_class, is_batchnorm_like
-from .probing import OutputShape, known_channels, probe_outputs, unlike_its_convolution
+from .hosting import BASE, SLOT, base_class, is_batchnorm_like, shown_tensors, slots_of
+from .probing import OutputShape, known_channels, probe_outputs, unlike_its_convolution, unreadable
 from .registry import adapter_class
 from .reports import table
 from .spec import Rule, Spec, Unfreeze
 from .state import LayerRecord
+
+_OWN_CHILD = f"it has a child {SLOT!r} of its own, the very name convpeft needs here; rename that one"
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,7 @@ def make_plan(model: nn.Module, spec: Spec, example_inputs: Any = None) -> Plan:
     raise_problems(spec.problems(), heading)
     chosen = Choice(model, spec)
     chosen.choose()
-    raise_problems(chosen.problems, heading)
     layers = _Siting(model, chosen, example_inputs).plan()
-    raise_problems(chosen.problems, heading)
     owned = _owned(chosen, spec)
     raise_problems(chosen.problems, heading)
     parameters: dict[int, int] = {id(p): p.numel() for c in chosen.candidates for p in _own_parameters(c.module)}
@@ -208,6 +208,10 @@ class _Siting:
             return None
         with torch.device("meta"):
             draft: Adapter = adapter(site, options)
+        refusal = unreadable(candidate.module) if draft.reads_host else None
+        if refusal:
+            self.problems.append(SpecError(f"{label} cannot take kind {rule.kind!r}: {refusal}"))
+            return None
         return PlannedLayer(
             candidate.name,
             base_class(candidate.module).__name__,
@@ -225,6 +229,8 @@ class _Siting:
         module = candidate.module
         if isinstance(module, torch.jit.ScriptModule):
             return "a TorchScript module has no Python forward to extend"
+        if _own_child(module):
+            return _OWN_CHILD
         if "forward" in module.__dict__:
             return "its forward was replaced on the object itself (fused already?), so an adapter would never run"
         if id(module) in self.chosen.bypassed:
@@ -285,7 +291,26 @@ def _owned(chosen: Choice, spec: Spec) -> dict[str, float]:
         for candidate in chosen.candidates:
             if is_batchnorm_like(candidate.module):
                 owned.setdefault(candidate.name, 1.0)
+    chosen.problems += _half_shared(chosen, owned)
     return owned
+
+
+def _half_shared(chosen: Choice, owned: dict[str, float]) -> list[SpecError]:
+    """Return a problem for each tensor that a module to unfreeze shares with one that stays frozen."""
+    frozen = {
+        id(tensor): candidate.name
+        for candidate in chosen.candidates
+        if candidate.name not in owned
+        for tensor in shown_tensors(candidate.module, BASE).values()
+    }
+    return [
+        SpecError(
+            f"unfreeze: {name!r} shares its {key} with {frozen[id(tensor)]!r}, which would stay frozen; unfreeze both or neither"
+        )
+        for name in owned
+        for key, tensor in shown_tensors(chosen.by_name[name].module, BASE).items()
+        if id(tensor) in frozen
+    ]
 
 
 def _is_below(candidate: Candidate, top: Candidate) -> bool:
@@ -302,11 +327,17 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module._parameters.values() if parameter is not None]
 
 
+def _own_child(module: nn.Module) -> bool:
+    return slots_of(module) is None and SLOT in module._modules
+
+
 def check_host(module: nn.Module, name: str) -> None:
     """Raise if a module cannot have its class swapped; asked before anything is touched.
 
     Raises:
-        HostError: for TorchScript modules.
+        HostError: for TorchScript modules, and those with a child of the name that convpeft's own child needs.
     """
+    if _own_child(module):
+        raise HostError(f"{name or '(root)'} ({base_class(module).__name__}): {_OWN_CHILD}")
     if isinstance(module, torch.jit.ScriptModule):
         raise HostError(f"{name or '(root)'}: a TorchScript module has no Python class to extend")

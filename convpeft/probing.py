@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .geometry import ConvGeometry, random_input
-from .hosting import base_class, device_and_dtype
+from .hosting import base_class, device_and_dtype, located, restore, settle
 
 _IMAGE = (1, 3, 64, 64)
 
@@ -37,7 +37,7 @@ def known_channels(module: nn.Module) -> OutputShape | None:
         return OutputShape(module.num_channels, False)
     if isinstance(module, nn.LayerNorm):
         return OutputShape(module.normalized_shape[-1], True)
-    if base_class(module).forward is nn.Sequential.forward and len(module):  # type: ignore[arg-type]
+    if getattr(base_class(module), "forward", None) is nn.Sequential.forward and len(module):  # type: ignore[arg-type]
         for step in reversed(list(module)):  # type: ignore[call-overload]
             if not _keeps_channels(step):
                 return known_channels(step)
@@ -88,8 +88,8 @@ def pick(output: Any, entry: int | str | None) -> Any:
     if entry is None:
         return output
     try:
-        return output[entry]
-    except (KeyError, IndexError, TypeError):
+        return output[located(output, entry)]
+    except (KeyError, IndexError, TypeError, ValueError):
         return None
 
 
@@ -137,8 +137,37 @@ def unlike_its_convolution(layer: nn.Module) -> str | None:
     return None
 
 
-def _keeps_channels(module: nn.Module) -> bool:
+def unreadable(layer: nn.Module) -> str | None:
+    """Say why an adapter that computes with its layer's weight cannot do so here, or None when it can.
+
+    The weight must be a plain parameter (a computed one may change with each look at it), and the layer's forward the
+    convolution of that weight: otherwise a change of the weight is no change of the output that the adapter knows of.
+    """
+    if layer._parameters.get("weight") is None:
+        return "it computes with the layer's weight, which is no plain parameter here (parametrised, weight-normed or pruned)"
+    if base_class(layer) in (nn.Conv2d, nn.Linear):
+        return None
+    geometry = ConvGeometry.of(layer)
+    generator = torch.Generator().manual_seed(0)
+    x = random_input(geometry, 2 * max(geometry.kernel_size) * max(geometry.dilation) + 5, generator)
+    plain = copy.deepcopy(layer)
+    settle(plain)
+    restore(plain)
+    plain = plain.to(device="cpu", dtype=torch.float64).eval()
+    with torch.no_grad():
+        bias: Any = plain.bias
+        own, declared = plain(x), geometry.convolve(x, plain.weight.reshape(geometry.weight_shape()), bias)  # type: ignore[operator]
+    difference, scale = float((own - declared).abs().max()), float(declared.abs().max())
+    if difference <= 1e-9 * scale:
+        return None
     return (
-        isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d))
-        or base_class(module).__module__ == "torch.nn.modules.activation"
+        "it computes with the layer's weight, and this layer's forward is not the convolution of its weight alone: on a "
+        f"random input they differ by {difference:.3g}, where the largest output is {scale:.3g}"
     )
+
+
+def _keeps_channels(module: nn.Module) -> bool:
+    if isinstance(module, (nn.GLU, nn.MultiheadAttention)):  # they live among the activations
+        return False
+    kept = isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d))
+    return kept or base_class(module).__module__ == "torch.nn.modules.activation"

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 AdapterClass = TypeVar("AdapterClass", bound="type[Adapter]")
 LEAVE = "leave"
+PEFT = "peft:"  # kinds of this prefix are methods of the installed peft, looked up when asked for
 _KINDS: dict[str, type[Adapter]] = {}
 
 
@@ -45,6 +46,8 @@ def register_adapter(kind: str) -> Callable[[AdapterClass], AdapterClass]:
 
         if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
             raise RegistrationError(f"{adapter!r} is not a subclass of convpeft.adapters.Adapter")
+        if kind.startswith(PEFT):
+            raise RegistrationError(f"kinds named {PEFT}... belong to the package peft; call {kind!r} otherwise")
         taken = _KINDS.get(kind)
         if kind == LEAVE or (taken is not None and taken.__qualname__ != adapter.__qualname__):
             raise RegistrationError(f"kind {kind!r} is taken by {taken.__qualname__ if taken else 'the spec language'}")
@@ -59,6 +62,9 @@ def register_adapter(kind: str) -> Callable[[AdapterClass], AdapterClass]:
 
 def adapter_kinds() -> tuple[str, ...]:
     """Return the names of all registered kinds, sorted.
+
+    The kinds ``peft:<method>`` are not among them: which there are depends on the installed peft, which is imported
+    only when one is asked for. ``convpeft.adapters.peft_methods.peft_methods()`` imports it and lists them.
 
     Example:
         >>> import convpeft
@@ -76,10 +82,13 @@ def adapter_class(kind: str) -> type[Adapter]:
         UnknownKind: with the nearest registered names.
     """
     _load_builtin()
+    if isinstance(kind, str) and kind.startswith(PEFT):
+        return importlib.import_module("convpeft.adapters.peft_methods").peft_adapter(kind.removeprefix(PEFT))
     if kind not in _KINDS:
-        near = closest(kind, [*_KINDS, LEAVE])
+        near = closest(str(kind), [*_KINDS, LEAVE])
         raise UnknownKind(
-            f"unknown kind {kind!r}. {'Closest: ' + near + '. ' if near else ''}Registered: {', '.join(adapter_kinds())}."
+            f"unknown kind {kind!r}. {'Closest: ' + near + '. ' if near else ''}Registered: {', '.join(adapter_kinds())}; "
+            "and peft:<method> for the methods of peft."
         )
     return _KINDS[kind]
 

@@ -11,19 +11,26 @@ from typing import Any
 import yaml
 
 from .adapters.base import read_options
-from .errors import OptionError, SpecError, closest, raise_problems
+from .errors import OptionError, PatternError, SpecError, closest, raise_problems
 from .matching import compile_glob
+from .reading import read_data
 from .registry import LEAVE, adapter_class
 
 VERSION = 1
 NORMS = ("frozen", "adapt")
-WHERE = ("min_channels", "max_channels", "kernel_size", "groups", "depthwise")
+WHERE = {
+    "min_channels": "a whole number",
+    "max_channels": "a whole number",
+    "kernel_size": "a whole number or two",
+    "groups": "a whole number",
+    "depthwise": "true or false",
+}
 _RULE_KEYS = ("match", "kind", "place", "only", "where", "lr_mult", "channels", "output")
 _SPEC_KEYS = ("version", "aliases", "rules", "unfreeze", "norm")
 
 
 def _patterns(match: str | Iterable[str]) -> tuple[str, ...]:
-    return (match,) if isinstance(match, str) else tuple(match)
+    return tuple(match) if isinstance(match, Iterable) and not isinstance(match, str) else (match,)
 
 
 class Rule:
@@ -85,7 +92,9 @@ class Rule:
             value = getattr(self, key)
             if value != default:
                 result[key] = _short(value) if isinstance(value, tuple) else value
-        return {**result, **{key: list(v) if isinstance(v, tuple) else v for key, v in self.options.items()}}
+        if self.where:
+            result["where"] = _plain(self.where)
+        return {**result, **_plain(self.options)}
 
     def problems(self, label: str) -> list[SpecError]:
         """Return everything wrong with the rule that can be told without a model."""
@@ -94,21 +103,18 @@ class Rule:
         found += _check_lr_mult(self.lr_mult, label)
         if self.place not in (None, "parallel", "output"):
             found.append(OptionError(f"{label}: place must be 'parallel' or 'output', not {self.place!r}"))
-        if self.channels is not None and not (isinstance(self.channels, int) and self.channels > 0):
+        if self.channels is not None and not (_is_whole(self.channels) and self.channels > 0):
             found.append(OptionError(f"{label}: channels must be a whole number above 0, not {self.channels!r}"))
-        for key in self.where:
-            if key not in WHERE:
-                near = closest(key, WHERE)
-                found.append(
-                    OptionError(
-                        f"{label}: unknown key {key!r} in where. {f'Closest: {near}. ' if near else ''}Known: {', '.join(WHERE)}."
-                    )
-                )
-        return found + self._kind_problems(label)
+        if self.output is not None and not (_is_whole(self.output) or isinstance(self.output, str)):
+            found.append(OptionError(f"{label}: output must be an index or a key, not {self.output!r}"))
+        return found + _check_where(self.where, label) + self._kind_problems(label)
 
     def _kind_problems(self, label: str) -> list[SpecError]:
         if self.kind == LEAVE:
-            return [OptionError(f"{label}: kind 'leave' takes no option {key!r}") for key in self.options]
+            return [
+                OptionError(f"{label}: kind 'leave' takes no option {key!r}.{_nearest_rule_key(key)}")
+                for key in self.options
+            ]
         try:
             adapter = adapter_class(self.kind)
         except SpecError as error:
@@ -121,14 +127,9 @@ class Rule:
                 )
             )
         for problem in read_options(adapter, self.options)[1]:
-            near = closest(str(problem), ()) or self._nearest_rule_key(problem)
-            found.append(OptionError(f"{label}: {problem}{near}"))
+            unknown = [key for key in self.options if f"unknown key {key!r}" in str(problem)]
+            found.append(OptionError(f"{label}: {problem}{_nearest_rule_key(unknown[0]) if unknown else ''}"))
         return found
-
-    def _nearest_rule_key(self, problem: OptionError) -> str:
-        unknown = [key for key in self.options if f"unknown key {key!r}" in str(problem)]
-        near = closest(unknown[0], _RULE_KEYS, 1) if unknown else ""
-        return f" Or the rule's own key {near!r}?" if near else ""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Rule) and self.to_dict() == other.to_dict()
@@ -202,16 +203,17 @@ class Spec:
         Raises:
             SpecError: if the file is unreadable or says something unknown; all problems at once.
         """
-        data = _read(path)
+        data = read_data(path)
         if not isinstance(data, dict):
             raise SpecError(f"{path}: a spec is a mapping with 'rules', not {type(data).__name__}")
         if aliases is not None:
-            named = dict(aliases) if isinstance(aliases, Mapping) else _read(aliases)
+            named = dict(aliases) if isinstance(aliases, Mapping) else read_data(aliases)
             named = named.get("aliases", named) if isinstance(named, dict) else named
             if not isinstance(named, dict):
                 raise SpecError(f"{aliases}: an alias file maps names to patterns")
-            named.pop("version", None)
-            data = {**data, "aliases": {**(data.get("aliases") or {}), **named}}
+            own = data.get("aliases") or {}
+            if isinstance(own, dict):
+                data = {**data, "aliases": {**own, **{key: v for key, v in named.items() if key != "version"}}}
         return cls.from_dict(data, source=str(path))
 
     @classmethod
@@ -241,7 +243,7 @@ class Spec:
             data.get("norm", "frozen"),
             aliases,
         )
-        raise_problems(problems + spec.problems(), source)
+        raise_problems(problems + spec._problems(complete=not problems), source)
         return spec
 
     def to_dict(self) -> dict[str, Any]:
@@ -264,11 +266,16 @@ class Spec:
 
     def problems(self) -> list[SpecError]:
         """Return everything wrong with the spec that can be told without a model."""
+        return self._problems(complete=True)
+
+    def _problems(self, complete: bool) -> list[SpecError]:
         found: list[SpecError] = []
         if self.norm not in NORMS:
             found.append(OptionError(f"norm must be one of {', '.join(NORMS)}, not {self.norm!r}"))
-        if not self.rules and not self.unfreeze and self.norm != "adapt":
+        if complete and not self.rules and not self.unfreeze and self.norm != "adapt":
             found.append(SpecError("the spec has no rules and unfreezes nothing: nothing would train"))
+        for name, patterns in self.aliases.items():
+            found += _check_alias(name, patterns)
         for number, rule in enumerate(self.rules, 1):
             found += rule.problems(f"rule {number}") + self._alias_problems(rule.match, f"rule {number}")
         for number, entry in enumerate(self.unfreeze, 1):
@@ -290,7 +297,8 @@ class Spec:
 
     def _alias_problems(self, patterns: Iterable[str], label: str) -> list[SpecError]:
         found: list[SpecError] = []
-        for name in (pattern.lstrip("!")[1:] for pattern in patterns if str(pattern).lstrip("!").startswith("@")):
+        bare = [str(pattern).removeprefix("!") for pattern in patterns]
+        for name in (pattern[1:] for pattern in bare if pattern.startswith("@")):
             if name not in self.aliases:
                 near = closest(name, self.aliases)
                 hint = f"Closest: @{near}." if near else "Give aliases in the spec, or Spec.load(path, aliases=...)."
@@ -302,13 +310,13 @@ def _short(values: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else list(values)
 
 
-def _read(path: str | Path) -> Any:
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
-        raise SpecError(f"{path} cannot be read as a spec: {error}") from error
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def _nearest_rule_key(unknown: str) -> str:
+    near = closest(unknown, _RULE_KEYS, 1)
+    return f" Or the rule's own key {near!r}?" if near else ""
 
 
 def _unknown_keys(data: Mapping[str, Any], known: Sequence[str], label: str) -> list[SpecError]:
@@ -348,6 +356,9 @@ def _rule(entry: Any, label: str, problems: list[SpecError]) -> Rule | None:
     if not isinstance(entry.get("where") or {}, Mapping):
         problems.append(OptionError(f"{label}: where must be a mapping, not {entry['where']!r}"))
         return None
+    if "self" in entry:
+        problems.append(OptionError(f"{label}: unknown key 'self'"))
+        return None
     return Rule(**{str(key): value for key, value in entry.items()})
 
 
@@ -371,12 +382,51 @@ def _check_patterns(patterns: Sequence[str], label: str) -> list[SpecError]:
     if not positive:
         found.append(SpecError(f"{label} needs at least one pattern that is not an exclusion"))
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            found.append(OptionError(f"{label}: a pattern is a text, not {pattern!r}"))
+            continue
         try:
-            if not pattern.lstrip("!").startswith("@"):
+            if not pattern.removeprefix("!").startswith("@"):
                 compile_glob(pattern.removeprefix("!"))
         except SpecError as error:
             found.append(type(error)(f"{label}: {error}"))
     return found
+
+
+def _check_alias(name: str, patterns: Iterable[Any]) -> list[SpecError]:
+    found: list[SpecError] = []
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            found.append(OptionError(f"alias '@{name}' must be a pattern or a list of patterns, not {pattern!r}"))
+            continue
+        if pattern.removeprefix("!").startswith("@"):
+            found.append(PatternError(f"alias '@{name}': {pattern!r} is another alias; write its patterns out"))
+            continue
+        try:
+            compile_glob(pattern.removeprefix("!"))
+        except SpecError as error:
+            found.append(type(error)(f"alias '@{name}': {error}"))
+    return found
+
+
+def _check_where(where: Mapping[str, Any], label: str) -> list[SpecError]:
+    found: list[SpecError] = []
+    for key, value in where.items():
+        if key not in WHERE:
+            near = closest(str(key), WHERE)
+            hint = f"Closest: {near}. " if near else ""
+            found.append(OptionError(f"{label}: unknown key {key!r} in where. {hint}Known: {', '.join(WHERE)}."))
+            continue
+        pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_whole, value))
+        number = _is_whole(value) or (key == "kernel_size" and pair)
+        fits = isinstance(value, bool) if key == "depthwise" else number
+        if not fits:
+            found.append(OptionError(f"{label}: {key} in where must be {WHERE[key]}, not {value!r}"))
+    return found
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_lr_mult(lr_mult: Any, label: str) -> list[SpecError]:

@@ -59,6 +59,7 @@ class ModelState:
     Attributes:
         adapters: by name, in the order of arrival.
         active: names of the active ones.
+        trained: names of those whose parameters require gradients: the active ones, outside of ``using``.
         requires_grad: what each of the user's parameters was set to before the first injection.
         swapped: names of all modules whose class is swapped.
         norms: names of all BatchNorm-like modules.
@@ -66,6 +67,7 @@ class ModelState:
 
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
     active: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
     requires_grad: dict[str, bool] = field(default_factory=dict)
     swapped: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)

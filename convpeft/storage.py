@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +19,18 @@ from torch import Tensor, nn
 
 from . import hosting
 from .adapters.base import Adapter, Site, read_options
-from .errors import AdapterFileError, BaseMismatch, ConvPeftError, SpecError, StateError, shortened
+from .errors import AdapterFileError, BaseMismatch, ConvPeftError, StateError, shortened
 from .fingerprints import ALGORITHM, digest, fingerprint
 from .geometry import ConvGeometry
 from .injection import Built, _check_name, copied_base, install
-from .probing import known_channels
+from .metadata import FORMAT, VERSION, AdapterFile, parse, seal
+from .probing import known_channels, probe_outputs
 from .registry import adapter_class
-from .spec import NORMS, Spec
-from .state import AdapterRecord, LayerRecord, adapter_at, module_at, record_of, require_state, unwrapped
+from .state import AdapterRecord, adapter_at, module_at, record_of, require_state, unwrapped
 
-FORMAT, VERSION = "convpeft", 1
 _KEY = "convpeft"
 _MOST_HEADER = 32 * 2**20  # bytes of safetensors header read at all; a real one has a few hundred kilobytes
 _ADAPTER, _OWN = "adapter", "own"
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """What an adapter file says of itself, read without a model.
-
-    Attributes:
-        name: the adapter was saved under.
-        spec: it came from, as plain data.
-        layers: kind, place, options and geometry by module name.
-        owned: modules whose own tensors are in the file, with relative learning rates.
-        norm: the norm policy.
-        base: digests of the base model's layers.
-        tensors: shape and dtype by key.
-        content: digest of all tensors.
-    """
-
-    name: str
-    spec: dict[str, Any]
-    layers: dict[str, LayerRecord]
-    owned: dict[str, float]
-    norm: str
-    base: dict[str, str]
-    tensors: dict[str, tuple[tuple[int, ...], str]]
-    content: str
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path:
@@ -80,6 +54,12 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
             raise StateError(f"which adapter? Say name=..., one of: {', '.join(state.adapters)}")
         name = names[0]
     record = record_of(state, name)
+    folded = [key for key in record.layers if adapter_at(root, key, name).is_folded]
+    if folded:
+        raise StateError(
+            f"adapter {name!r} was folded for deployment by merge(strict=False) on {shortened(folded)}, and a folded adapter "
+            "has no file form. Save it from the model that was merged, or this model whole with torch.save."
+        )
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _tensors(root, name, record).items()}
     metadata = {
         "format": FORMAT,
@@ -93,10 +73,9 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
         "content": digest(sorted(tensors.items())),
         "torch": torch.__version__.split("+")[0],
     }
+    text = json.dumps({**metadata, "seal": seal(json.loads(json.dumps(metadata)))})
     path = Path(path)
-    _write(
-        path, safetensors_bytes({key: tensor.clone() for key, tensor in tensors.items()}, {_KEY: json.dumps(metadata)})
-    )
+    _write(path, safetensors_bytes({key: tensor.clone() for key, tensor in tensors.items()}, {_KEY: text}))
     return path
 
 
@@ -119,7 +98,7 @@ def inspect_adapter(path: str | Path) -> AdapterFile:
             f"{path} is a safetensors file, but not one convpeft wrote (it has no {_KEY!r} metadata)"
         )
     try:
-        return _parse(json.loads(raw), tensors, path)
+        return parse(json.loads(raw), tensors, path)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, ConvPeftError):
             raise
@@ -140,22 +119,22 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str | None = None,
 
     Raises:
         AdapterFileError: if the file is damaged or does not fit; the text says which layers.
-        BaseMismatch: if the base has other weights.
+        BaseMismatch: if the base has other weights; its ``layers`` are exactly those that differ.
         StateError: if the name is taken.
     """
     path, root = Path(path), unwrapped(model)
     file = inspect_adapter(path)
     name = file.name if name is None else name
     _check_name(root, name)
-    _check_layers(root, file, path)
+    _check_layers(root, file, path, probing=any_base)
     if not any_base:
         _check_base(root, file, path)
     drafts = _adapters(root, file, path, torch.device("meta"))
     _check_shapes(root, file, drafts, path)
     tensors = _read(path, file)
     with torch.random.fork_rng(devices=[]):
-        built = Built(_adapters(root, file, path, None), {key: copied_base(root, key) for key in file.owned})
-    _fill(built, tensors)
+        built = Built(_adapters(root, file, path, None), copied_base(root, file.owned))
+    _fill(built, tensors, path, keep_dtype=not any_base)
     install(root, name, AdapterRecord(file.spec, file.layers, file.owned, file.norm), built)
     return file
 
@@ -211,56 +190,36 @@ def _header(path: Path) -> dict[str, Any]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise AdapterFileError(f"{path} cannot be read: {error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or a number of thousands of digits
         raise AdapterFileError(f"{path} is damaged or no safetensors file: its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise AdapterFileError(f"{path} is no safetensors file: its header is a {type(header).__name__}")
     return header
 
 
-def _parse(data: Any, tensors: dict[str, tuple[tuple[int, ...], str]], path: Path) -> AdapterFile:
-    if data["format"] != FORMAT:
-        raise AdapterFileError(f"{path}: format {data['format']!r} is not {FORMAT!r}")
-    if data["version"] != VERSION:
-        raise AdapterFileError(
-            f"{path}: file version {data['version']!r}; this convpeft reads version {VERSION}. Update convpeft?"
-        )
-    if data["base"]["algorithm"] != ALGORITHM:
-        raise AdapterFileError(f"{path}: unknown digest {data['base']['algorithm']!r}")
-    layers = {str(key): LayerRecord(**layer) for key, layer in data["layers"].items()}
-    owned = {str(key): float(lr_mult) for key, lr_mult in data["owned"].items()}
-    base = {str(key): str(value) for key, value in data["base"]["layers"].items()}
-    if data["norm"] not in NORMS or not layers | owned:
-        raise AdapterFileError(
-            f"{path}: norm {data['norm']!r}, {len(layers)} layers, {len(owned)} unfrozen: that is no adapter"
-        )
-    try:
-        Spec.from_dict(data["spec"])
-    except SpecError as error:
-        raise AdapterFileError(f"{path}: its spec is not sound: {error}") from error
-    return AdapterFile(
-        str(data["name"]), data["spec"], layers, owned, data["norm"], base, tensors, str(data["content"])
-    )
-
-
-def _check_layers(root: nn.Module, file: AdapterFile, path: Path) -> None:
-    """Refuse a model that lacks a layer, or has another geometry there."""
+def _check_layers(root: nn.Module, file: AdapterFile, path: Path, probing: bool) -> None:
+    """Refuse a model that lacks a layer, or has another geometry there (``probing``: run a copy where only that tells)."""
     modules = dict(hosting.base_modules(root))
     problems = [f"{key}: not in this model" for key in [*file.layers, *file.owned] if key not in modules]
-    for key, record in file.layers.items():
-        if key not in modules or record.place not in ("parallel", "output"):
-            problems += [] if key not in modules else [f"{key}: place {record.place!r}"]
-            continue
+    unsure: list[str] = []
+    for key in file.layers.keys() & modules.keys():
+        record, module = file.layers[key], modules[key]
         saved = ConvGeometry.from_dict(record.geometry)
-        module = modules[key]
+        shape = known_channels(module) if record.output is None else None
         if record.place == "parallel":
             here = ConvGeometry.of(module) if isinstance(module, (nn.Conv2d, nn.Linear)) else None
             if here != saved:
                 problems.append(f"{key}: {here or type(module).__name__} here, {saved} in the file")
-            continue
-        shape = known_channels(module) if record.output is None else None
-        if shape is not None and shape.channels != saved.out_channels:
+        elif shape is None:
+            unsure.append(key)
+        elif (shape.channels, shape.channels_last) != (saved.out_channels, saved.linear):
             problems.append(f"{key}: {shape.channels} output channels here, {saved.out_channels} in the file")
+    if probing and unsure:
+        shapes = probe_outputs(root, unsure, {key: file.layers[key].output for key in unsure}, None)
+        for key, shape in shapes.items():
+            saved = ConvGeometry.from_dict(file.layers[key].geometry)
+            if (shape.channels, shape.channels_last) != (saved.out_channels, saved.linear):
+                problems.append(f"{key}: {shape.channels} output channels here, {saved.out_channels} in the file")
     if problems:
         raise AdapterFileError(
             f"{path} does not fit this {hosting.base_class(root).__name__}; the model is unchanged. {'; '.join(problems[:12])}"
@@ -285,6 +244,8 @@ def _adapters(root: nn.Module, file: AdapterFile, path: Path, device: torch.devi
         where = f"{path}: layer {key}"
         try:
             kind = adapter_class(record.kind)
+            if record.place not in kind.places:
+                raise AdapterFileError(f"kind {record.kind!r} has no place {record.place!r}")
             options, problems = read_options(kind, record.options)
             if problems:
                 raise problems[0]
@@ -296,9 +257,9 @@ def _adapters(root: nn.Module, file: AdapterFile, path: Path, device: torch.devi
             host_device, dtype = hosting.device_and_dtype([module_at(root, key), root])
             with torch.device(device or host_device):
                 adapter = kind(site, options)
-        except (ConvPeftError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        except Exception as error:  # a kind from outside may raise anything
             raise AdapterFileError(f"{where}: {error}") from error
-        adapters[key] = adapter.to(dtype=dtype).train(module_at(root, key).training)
+        adapters[key] = adapter.to(dtype=dtype).train(hosting.wants_training(module_at(root, key)))
     return adapters
 
 
@@ -310,18 +271,21 @@ _DTYPES = {
 
 def _check_shapes(root: nn.Module, file: AdapterFile, drafts: dict[str, Adapter], path: Path) -> None:
     """Refuse a file whose tensors are not exactly those its layers need."""
-    wanted: dict[str, tuple[int, ...]] = {}
+    wanted: dict[str, Tensor] = {}
     for layer, draft in drafts.items():
-        wanted.update({_key(_ADAPTER, layer, key): tuple(tensor.shape) for key, tensor in draft.state_dict().items()})
+        wanted.update({_key(_ADAPTER, layer, key): tensor for key, tensor in draft.state_dict().items()})
     for layer in file.owned:
         own = hosting.shown_tensors(module_at(root, layer), hosting.BASE)
-        wanted.update({_key(_OWN, layer, key): tuple(tensor.shape) for key, tensor in own.items()})
+        wanted.update({_key(_OWN, layer, key): tensor for key, tensor in own.items()})
     problems = [f"{key} is missing" for key in wanted if key not in file.tensors]
     problems += [f"{key} is not expected" for key in file.tensors if key not in wanted]
-    for key, shape in wanted.items():
-        if key in file.tensors and file.tensors[key][0] != shape:
-            problems.append(f"{key} is {file.tensors[key][0]} in the file, {shape} here")
-    problems += [f"{key} has dtype {dtype}" for key, (_, dtype) in file.tensors.items() if dtype not in _DTYPES]
+    for key in wanted.keys() & file.tensors.keys():
+        (shape, saved), here = file.tensors[key], wanted[key]
+        if shape != tuple(here.shape):
+            problems.append(f"{key} is {shape} in the file, {tuple(here.shape)} here")
+        dtype = _DTYPES.get(saved)
+        if dtype is None or (dtype != here.dtype and not (dtype.is_floating_point and here.is_floating_point())):
+            problems.append(f"{key} has dtype {saved} in the file, {str(here.dtype).removeprefix('torch.')} here")
     if problems:
         raise AdapterFileError(
             f"{path}: {len(problems)} tensors do not fit; the model is unchanged. {'; '.join(problems[:12])}"
@@ -341,17 +305,20 @@ def _read(path: Path, file: AdapterFile) -> dict[str, Tensor]:
     return tensors
 
 
-def _fill(built: Built, tensors: dict[str, Tensor]) -> None:
+def _fill(built: Built, tensors: dict[str, Tensor], path: Path, keep_dtype: bool) -> None:
+    """Write a file's tensors into built parts: in the dtype of the file on the very base, else in that of the model."""
+    targets: dict[str, Tensor] = {}
     for layer, adapter in built.adapters.items():
-        state = adapter.state_dict(keep_vars=True)
-        for key, target in state.items():
-            _copy(target, tensors[_key(_ADAPTER, layer, key)])
+        targets.update({_key(_ADAPTER, layer, key): t for key, t in adapter.state_dict(keep_vars=True).items()})
     for layer, drawer in built.drawers.items():
-        for key, target in {**drawer._parameters, **drawer._buffers}.items():
-            assert target is not None
-            _copy(target, tensors[_key(_OWN, layer, key)])
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    with torch.no_grad():
-        target.copy_(source)
+        own = {**drawer._parameters, **drawer._buffers}
+        targets.update({_key(_OWN, layer, key): tensor for key, tensor in own.items() if tensor is not None})
+    for key, target in targets.items():
+        source = tensors[key]
+        if keep_dtype and target.dtype != source.dtype:
+            target.data = source.to(target.device)
+            continue
+        with torch.no_grad():
+            target.copy_(source)
+        if target.dtype != source.dtype and not torch.equal(target.isfinite().cpu(), source.isfinite()):
+            raise AdapterFileError(f"{path}: {key} overflows {target.dtype}; the model is unchanged")

@@ -131,12 +131,12 @@ def summary(model: nn.Module) -> Summary:
     rows = []
     for name, record in state.adapters.items():
         own = sum(p.numel() for key in record.layers for p in adapter_at(root, key, name).parameters())
-        unfrozen = sum(
-            tensor.numel()
+        unfrozen = {
+            id(tensor): tensor.numel()
             for key in record.owned
             for tensor in hosting.shown_tensors(module_at(root, key), name).values()
             if isinstance(tensor, nn.Parameter)
-        )
+        }
         kinds = ", ".join(dict.fromkeys(layer.kind for layer in record.layers.values()))
-        rows.append((name, len(record.layers), kinds, own, unfrozen))
+        rows.append((name, len(record.layers), kinds, own, sum(unfrozen.values())))
     return Summary(sum(base.values()), trainable, state.active, tuple(rows))

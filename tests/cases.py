@@ -12,6 +12,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 import convpeft
+from convpeft.registry import adapter_class
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -102,26 +103,47 @@ class Variant:
     def rule(self) -> dict[str, Any]:
         return {"match": "layer", "kind": self.kind, "place": self.place, **self.options}
 
+    @property
+    def merges(self) -> bool:
+        return adapter_class(self.kind).merge_refusal is None
+
     def serves(self, case: Case) -> bool:
-        return not (case in LINEARS and (self.kind == "rep_mona" or self.options.get("norm") == "group"))
+        return not (case in LINEARS and (self.kind in IMAGE_KINDS or self.options.get("norm") == "group"))
 
 
+IMAGE_KINDS = ("rep_mona", "conv_lora", "hierarchical", "mona", "moe_rep_mona")  # they refuse channels-last hosts
+DORA: list[dict[str, Any]] = [
+    {"rank": 4, "alpha": 3.0, "dora": True},
+    {"rank": 3, "pointwise": True, "dora": True, "detach_norm": False},
+]  # parallel only
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "lora": [{"rank": 4, "alpha": 3.0}, {"rank": 3, "rslora": True, "pointwise": True}],
+    "lora": [{"rank": 4, "alpha": 3.0}, {"rank": 3, "rslora": True, "pointwise": True}, *DORA],
     "rep_mona": [{"rank": 4, "kernel_sizes": [3, 5]}, {"rank": 2, "kernel_sizes": [1, 7], "branch_norm": True}],
     "bottleneck": [{"reduction": 2}, {"rank": 3, "norm": "group"}],
+    "hierarchical": [
+        {"rank": 4, "heads": 2, "conv_groups": 2, "cells": 3},
+        {"reduction": 2, "attention": "window", "cells": 4, "mlp_ratio": 1.5, "recompute": False},
+    ],
+    "conv_lora": [
+        {"rank": 4, "scales": [1, 2], "top_k": 2, "alpha": 3.0},
+        {"rank": 3, "scales": [1, 2, 3], "top_k": 3, "pointwise": True, "load_balancing": 0.1},
+    ],
+    "mona": [{"rank": 4}, {"rank": 3, "kernel_sizes": [1, 5]}],
+    "moe_rep_mona": [
+        {"rank": 4, "kernel_sizes": [3, 5]},
+        {"rank": 4, "kernel_sizes": [1, 3, 7], "spatial_attention": True, "top_k": 3, "squeeze": 1},
+    ],
 }
 KINDS = convpeft.adapter_kinds()
 
 
 def variants() -> Iterator[Variant]:
     """Yield every registered kind, at each of its places, with its option sets."""
-    from convpeft.registry import adapter_class
-
     for kind in KINDS:
         for place in adapter_class(kind).places:
             for options in OPTIONS.get(kind, [{}]):
-                yield Variant(kind, place, options)
+                if not (place == "output" and options.get("dora")):
+                    yield Variant(kind, place, options)
 
 
 VARIANTS = list(variants())

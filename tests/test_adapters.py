@@ -32,6 +32,7 @@ from .cases import (
 )
 from .references import adapters as formulas
 from .references import convolution as reference
+from .references import low_rank, visual
 
 CASES = {case.name: case for case in LAYERS}
 CONTRACT = pytest.mark.parametrize(("case", "variant"), named(SERVED))
@@ -40,11 +41,13 @@ IN_SHORT = pytest.mark.parametrize("variant", named(VARIANTS))
 
 def reference_update(layer: nn.Module, adapter: Adapter, x: torch.Tensor) -> torch.Tensor:
     """Return ``f`` by the formula of the adapter's kind, for the input of its place."""
-    return {"lora": _lora, "rep_mona": _rep_mona, "bottleneck": _bottleneck}[adapter.kind](layer, adapter, x)
+    return FORMULAS[adapter.kind](layer, adapter, x)
 
 
 def _lora(layer, adapter, x):
     options = adapter.options
+    if options.dora:
+        return low_rank.dora(layer, adapter, x)
     scale = (options.alpha or options.rank) / (math.sqrt(options.rank) if options.rslora else options.rank)
     if adapter.site.geometry.linear:
         return formulas.lora_linear(x, adapter.down, adapter.up, scale)
@@ -64,6 +67,35 @@ def _rep_mona(layer, adapter, x):
 
 def _bottleneck(layer, adapter, z):
     return formulas.bottleneck(z, adapter.down, adapter.norm, adapter.up, adapter.gate)
+
+
+def _hierarchical(layer, adapter, z):
+    return visual.hierarchical(z, adapter, adapter.options.attention, adapter.options.cells)
+
+
+def _mona(layer, adapter, z):
+    return visual.mona(z, adapter)
+
+
+def _moe_rep_mona(layer, adapter, x):
+    parallel = adapter.site.place == "parallel"
+    grid = reference.grid_of(layer if parallel else nn.Conv2d(1, 1, 1), x)
+    return visual.moe_rep_mona(x, adapter, grid, layer.groups if parallel else 1, adapter.options.top_k)
+
+
+def _conv_lora(layer, adapter, x):
+    return low_rank.conv_lora(layer, adapter, x)
+
+
+FORMULAS = {
+    "lora": _lora,
+    "conv_lora": _conv_lora,
+    "rep_mona": _rep_mona,
+    "bottleneck": _bottleneck,
+    "hierarchical": _hierarchical,
+    "mona": _mona,
+    "moe_rep_mona": _moe_rep_mona,
+}
 
 
 def test_every_kind_is_in_the_contract():
@@ -148,8 +180,10 @@ def test_groups_never_leak(name, variant):
     x = case.input()
     moved = x.clone()
     moved[:, :inside] += torch.randn_like(moved[:, :inside])  # the first group only
-    assert torch.equal(adapter(moved)[:, outside:], adapter(x)[:, outside:])
-    assert not torch.equal(adapter(moved)[:, :outside], adapter(x)[:, :outside])
+    bare = nn.Conv2d.forward
+    before, after = (hosting.update(layer, adapter, each, bare(layer, each)) for each in (x, moved))
+    assert torch.equal(after[:, outside:], before[:, outside:])
+    assert not torch.equal(after[:, :outside], before[:, :outside])
 
 
 def failing_once(function):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 pytest.importorskip("ultralytics")
 cv2 = pytest.importorskip("cv2")
 
-from examples.yolo_world import engine, evaluate, generate, mvtec, texts  # noqa: E402
+from examples.yolo_world import evaluate, generate, mvtec, texts  # noqa: E402
 from examples.yolo_world.surfaces import SURFACES  # noqa: E402
 
 IMAGES, GOOD, SIZE = 4, 2, 96
@@ -226,23 +226,6 @@ def test_a_defect_image_with_only_specks_is_left_out(root):
     data = mvtec.DefectImages(category.test, category.classes, size=32, min_area=SIZE * SIZE, augmented=False)
     assert len(data.left_out) == sum(sample.defect is not None for sample in category.test)
     assert all(sample.defect is None for sample in data.samples)
-
-
-@given(step=st.integers(-5, 5000), steps=st.integers(1, 2000), warm_up=st.floats(0, 1), floor=st.floats(0, 1))
-def test_the_rate_never_leaves_floor_to_one(step, steps, warm_up, floor):
-    assert floor <= engine.rate_factor(step, steps, warm_up=warm_up, floor=floor) <= 1
-
-
-@given(steps=st.integers(1, 2000), beyond=st.integers(0, 10**6))
-def test_the_rate_stays_at_the_floor_past_the_end(steps, beyond):
-    assert engine.rate_factor(steps + beyond, steps) == pytest.approx(engine.FLOOR)
-
-
-def test_the_rate_rises_then_falls():
-    rates = [engine.rate_factor(step, 100) for step in range(101)]
-    assert rates[:11] == sorted(rates[:11])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert max(rates) == 1
 
 
 def test_text_features_depend_on_the_name_alone():

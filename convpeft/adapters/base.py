@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import NotMergeable, OptionError, closest
 from ..geometry import ConvGeometry
-from ..kernels import Chain
+from ..kernels import Chain, ConvKernel
 
 Place = Literal["parallel", "output"]
 
@@ -47,6 +47,12 @@ class Adapter(nn.Module):
     either returns its equivalent plain convolutions from ``chain`` or gives the reason why none exist in
     ``merge_refusal``. Geometry is never retyped: ``self.site.geometry`` carries all of it.
 
+    A parallel kind whose update depends on the layer's own weight (DoRA, say) sets ``reads_host``, on the class or on
+    the object. It is then called as ``adapter(x, host)`` with a ``hosting.Host``, and gives its kernels from ``chain_beside``
+    instead of ``chain``. Nothing of the layer is stored in the adapter, so copies, files and the user's own
+    ``load_state_dict`` need no care. A layer whose weight is computed, or whose forward is not the convolution of its
+    weight, is refused at plan time for such a kind.
+
     Args:
         site: where the adapter sits.
         options: an instance of ``Options``, already checked.
@@ -56,11 +62,13 @@ class Adapter(nn.Module):
     places: ClassVar[tuple[Place, ...]] = ()
     Options: ClassVar[type[AdapterOptions]] = AdapterOptions
     merge_refusal: ClassVar[str | None] = None
+    reads_host: bool = False
 
     def __init__(self, site: Site, options: AdapterOptions) -> None:
         super().__init__()
         self.site = site
         self.options: Any = options
+        self.is_folded = False
 
     @classmethod
     def refuses(cls, site: Site, options: Any) -> str | None:
@@ -77,6 +85,30 @@ class Adapter(nn.Module):
         """
         raise NotMergeable(self.merge_refusal or f"kind {self.kind!r} gives no equivalent convolution")
 
+    def foldable(self) -> str | None:
+        """Say what of an adapter that does not merge ``folded`` would fold, for the merge's report; None: nothing."""
+        return None
+
+    def folded(self) -> Adapter:
+        """Return a float64 copy that computes the same with its linear parts folded, ``is_folded`` set on it.
+
+        Asked for by ``merge(strict=False)`` where ``foldable`` says something; the copy is probed before it is used.
+        """
+        raise NotMergeable(f"kind {self.kind!r} has nothing to fold")
+
+    def chain_beside(self, host: ConvKernel) -> Chain:
+        """Return the equivalent plain convolutions for this host, as float64 kernels: ``chain()``, which ignores it.
+
+        A kind that ``reads_host`` overrides this one.
+
+        Args:
+            host: the layer's own weight and bias in float64.
+
+        Raises:
+            NotMergeable: if none exist; the text says why.
+        """
+        return self.chain()
+
     def auxiliary_loss(self) -> Tensor | None:
         """Return a scalar to add to the loss (load balancing, say), or None."""
         return None
@@ -87,7 +119,7 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         """Show place, geometry and options when the model is printed."""
-        return f"{self.site.place}, {self.site.geometry}, {self.options}"
+        return f"{self.site.place}, {self.site.geometry}, {self.options}{', folded' if self.is_folded else ''}"
 
 
 def exact(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """LoRA for convolutions and linear layers, beside a layer or on a module's output.
 
-Papers: Hu et al., LoRA, arXiv:2106.09685; Kalajdzievski, rsLoRA, arXiv:2312.03732.
+Papers: Hu et al., LoRA, arXiv:2106.09685; Kalajdzievski, rsLoRA, arXiv:2312.03732; Liu et al., DoRA, arXiv:2402.09353.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Chain, ConvKernel
+from ..errors import NotMergeable
+from ..hosting import Host
+from ..kernels import Chain, ConvKernel, compose_pointwise, embed_on_grid
 from ..registry import register_adapter
 from .base import Adapter, AdapterOptions, Site, exact, positive, probability
+from .dora import magnitude_ratio
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class LoraOptions(AdapterOptions):
         dropout: of the detour's input, in training.
         rslora: scale by ``alpha / sqrt(rank)`` instead.
         pointwise: A looks at the centre pixel only (1x1) instead of the layer's whole kernel.
+        dora: learn the magnitude of the layer's weight apart from its direction (parallel only).
+        detach_norm: with ``dora``, take the norm for a constant in the backward pass, as the paper proposes.
     """
 
     rank: int = 8
@@ -34,11 +39,15 @@ class LoraOptions(AdapterOptions):
     dropout: float = 0.0
     rslora: bool = False
     pointwise: bool = False
+    dora: bool = False
+    detach_norm: bool = True
 
     def problems(self) -> Iterator[str]:
         """Yield what is out of range."""
         yield from positive(self, "rank", "alpha")
         yield from probability(self, "dropout")
+        if not (self.dora or self.detach_norm):
+            yield "detach_norm: false says something of dora only; add dora: true or leave it out"
 
 
 @register_adapter("lora")
@@ -48,7 +57,13 @@ class Lora(Adapter):
     Groups stay groups: both factors are block-diagonal, nothing leaks from one group to another, and a depthwise
     layer's adapter is no larger than the layer. On a module's output A and B are 1x1 convolutions over its channels.
 
-    Reference: arXiv:2106.09685, eq. 3: ``W' = W + (alpha / r) B A``.
+    With ``dora`` the layer's weight becomes ``W' = m V / ||V||``, ``V = W + (alpha / r) B A``, one norm and one magnitude m
+    for each output channel; the bias is left alone. In terms of what the layer has computed already, without its bias,
+    that adds ``f(x) = (q - 1) layer(x) + q (alpha / r) B(A x)`` with ``q = m / ||V||``: no second pass through W, and no
+    gradient of W's size. Fresh, q is exactly 1 (see ``magnitude_ratio``) and B zero, so ``f`` is exactly zero. Dropout acts
+    on A's input, not on the norm. Several active adapters add up, each as the difference from the bare layer.
+
+    Reference: arXiv:2106.09685, eq. 3: ``W' = W + (alpha / r) B A``; arXiv:2402.09353, eq. 5.
     """
 
     places = ("parallel", "output")
@@ -67,15 +82,51 @@ class Lora(Adapter):
         self.down = nn.Parameter(torch.empty(self.down_geometry.weight_shape()))
         self.up = nn.Parameter(torch.zeros(self.up_geometry.weight_shape()))
         self.dropout = nn.Dropout(options.dropout)
+        self.reads_host = options.dora
+        if options.dora:
+            self.magnitude = nn.Parameter(torch.zeros(host.out_channels))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the update, shaped like the host's output."""
+    @classmethod
+    def refuses(cls, site: Site, options: LoraOptions) -> str | None:
+        """Refuse DoRA where there is no weight to take apart."""
+        if options.dora and site.place == "output":
+            return "dora takes a layer's weight apart, and a module's output has none; use place: parallel on a layer"
+        return None
+
+    def forward(self, x: Tensor, host: Host | None = None) -> Tensor:
+        """Return the update, shaped like the host's output; ``host`` is read by DoRA only."""
         hidden = self.down_geometry.convolve(self.dropout(x), self.down)
-        return self.up_geometry.convolve(hidden, self.up) * self.scale
+        update = self.up_geometry.convolve(hidden, self.up) * self.scale
+        if not self.options.dora:
+            return update
+        if host is None:
+            raise TypeError("a DoRA adapter reads its layer: call it as adapter(x, host), as the layer itself does")
+        product = self._kernel(self.down, self.up)
+        ratio = magnitude_ratio(host.weight, product, self.magnitude, self.options.detach_norm)
+        per_channel = (-1,) if self.site.geometry.linear else (-1, 1, 1)
+        own = host.output if host.bias is None else host.output - host.bias.to(host.output.dtype).view(per_channel)
+        ratio = ratio.view(per_channel)
+        return (ratio - 1).to(update.dtype) * own + ratio.to(update.dtype) * update
+
+    def _kernel(self, down: Tensor, up: Tensor) -> Tensor:
+        """Return ``(alpha / r) B A`` as one kernel of the host's own size."""
+        size = self.site.geometry.kernel_size
+        product = compose_pointwise(up, down, self.site.geometry.groups) * self.scale
+        return product if product.shape[2:] == size else embed_on_grid(product, size, size)
+
+    def chain_beside(self, host: ConvKernel) -> Chain:
+        """Return ``W' - W`` of a DoRA; plain LoRA ignores the host."""
+        if not self.options.dora:
+            return self.chain()
+        product = self._kernel(exact(self.down), exact(self.up))
+        ratio = magnitude_ratio(host.weight, product, exact(self.magnitude)).view(-1, 1, 1, 1)
+        return (ConvKernel((ratio - 1) * host.weight + ratio * product, None, host.geometry),)
 
     def chain(self) -> Chain:
         """Return A, then the scaled B."""
+        if self.options.dora:
+            raise NotMergeable("dora has no kernel of its own: it depends on the layer's weight (chain_beside)")
         return (
             ConvKernel(exact(self.down), None, self.down_geometry),
             ConvKernel(exact(self.up) * self.scale, None, self.up_geometry),

@@ -1,0 +1,131 @@
+"""Conv-LoRA: experts at several scales of the image, inside LoRA's low-rank space, chosen for each image.
+
+Paper: Zhong et al., Convolution Meets LoRA: Parameter Efficient Finetuning for Segment Anything Model,
+arXiv:2401.17868 (ICLR 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..registry import register_adapter
+from .base import AdapterOptions, Site, positive, probability
+from .branches import shared_rank
+from .gating import RoutedAdapter, Router, weigh_by_group
+
+
+@dataclass(frozen=True)
+class ConvLoraOptions(AdapterOptions):
+    """Options of ``conv_lora``.
+
+    Attributes:
+        rank: r, the width of the detour. A grouped layer shares it out: ``max(1, rank // groups)`` for each group.
+        alpha: the update is scaled by ``alpha / rank``; unset means ``alpha = rank``, a scale of 1.
+        scales: the experts: one for each factor by which the hidden map is enlarged before its 3x3 convolution.
+        top_k: experts that take part for one image.
+        pointwise: A looks at the centre pixel only (1x1) instead of the layer's whole kernel.
+        load_balancing: weight of the load-balancing loss; 0 is off.
+        dropout: of the detour's input, in training.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    scales: tuple[int, ...] = (1, 2, 4)
+    top_k: int = 1
+    pointwise: bool = False
+    load_balancing: float = 0.0
+    dropout: float = 0.0
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is out of range."""
+        yield from positive(self, "rank", "alpha", "top_k")
+        yield from probability(self, "dropout")
+        if not self.scales:
+            yield "scales must name at least one scale"
+        yield from (f"scales must be whole numbers of at least 1, not {scale}" for scale in self.scales if scale < 1)
+        if self.top_k > len(self.scales):
+            yield f"top_k {self.top_k} is more than the {len(self.scales)} experts of scales"
+        if self.load_balancing < 0:
+            yield f"load_balancing must be 0 (off) or above, not {self.load_balancing!r}"
+
+
+class ScaleExpert(nn.Module):
+    """Enlarge a map by a factor (bilinear), convolve it 3x3, and bring it back to its size (bilinear)."""
+
+    def __init__(self, channels: int, groups: int, scale: int) -> None:
+        super().__init__()
+        self.groups, self.scale = groups, scale
+        self.weight = nn.Parameter(torch.empty(channels, channels // groups, 3, 3))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the expert's map, ``(N, rank, H, W)`` like its input."""
+        if self.scale == 1:
+            return F.conv2d(hidden, self.weight, padding=1, groups=self.groups)
+        height, width = hidden.shape[-2:]
+        large = F.interpolate(hidden, size=(height * self.scale, width * self.scale), mode="bilinear")
+        large = F.conv2d(large, self.weight, padding=1, groups=self.groups)
+        return F.interpolate(large, size=(height, width), mode="bilinear")
+
+    def extra_repr(self) -> str:
+        """Show the scale when the model is printed."""
+        return f"scale {self.scale}"
+
+
+@register_adapter("conv_lora")
+class ConvLora(RoutedAdapter):
+    """``f(x) = (alpha / r) * B( sum_k g_k(A x) E_k(A x) )``: LoRA's A and B, the experts E_k and gates g in between.
+
+    A has the layer's kernel, stride, dilation and padding, so the experts run on the layer's own output grid; B is 1x1
+    and starts at zero, so ``f`` does. The gates are those of ``Router``, from the average of ``A x``: top-k of a softmax,
+    without the noise of the paper. Groups stay groups: A, B, the experts and the router are block-diagonal, and each
+    group has gates of its own. All experts run, and those not chosen weigh 0: no shape depends on the data, and every
+    parameter has a gradient in every step (DDP, ``torch.compile``). The load-balancing loss is that of ``RoutedAdapter``
+    (shares times probabilities), in place of the paper's squared coefficient of variation of the importance.
+
+    Reference: arXiv:2401.17868, eq. 3-4.
+    """
+
+    places = ("parallel",)
+    Options = ConvLoraOptions
+    merge_refusal = "its gates choose experts for each image, so no convolution equals it"
+
+    def __init__(self, site: Site, options: ConvLoraOptions) -> None:
+        super().__init__(site, options)
+        host = site.geometry
+        rank = shared_rank(host, options.rank)
+        inner = host.resized((1, 1)) if options.pointwise else host
+        self.down_geometry = inner.with_channels(host.in_channels, rank)
+        self.up_geometry = host.pointwise(rank, host.out_channels, host.groups)
+        self.scale = 1.0 if options.alpha is None else options.alpha / options.rank
+        self.down = nn.Parameter(torch.empty(self.down_geometry.weight_shape()))
+        self.experts: Any = nn.ModuleList(ScaleExpert(rank, host.groups, scale) for scale in options.scales)
+        self.router = Router(rank, len(options.scales), options.top_k, host.groups)
+        self.up = nn.Parameter(torch.zeros(self.up_geometry.weight_shape()))
+        self.dropout = nn.Dropout(options.dropout)
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    @classmethod
+    def refuses(cls, site: Site, options: ConvLoraOptions) -> str | None:
+        """Refuse layers without a map of pixels."""
+        if site.geometry.linear:
+            return "its experts need an image (N, C, H, W), and this layer's channels are the last axis"
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the update, shaped like the host's output."""
+        hidden = self.down_geometry.convolve(self.dropout(x), self.down)
+        images = hidden if hidden.ndim == 4 else hidden.unsqueeze(0)
+        gates, probabilities = self.router(images)
+        self.note_balance(gates, probabilities)
+        maps = [weigh_by_group(expert(images), gates, k) for k, expert in enumerate(self.experts)]
+        mixed = reduce(torch.add, maps).reshape(hidden.shape)
+        return self.up_geometry.convolve(mixed, self.up) * self.scale

@@ -1,0 +1,202 @@
+"""The hierarchical adapter: a bottleneck with convolution, attention and MLP inside, each a gated residual.
+
+Papers: Houlsby et al., arXiv:1902.00751 (the bottleneck); Xie et al., ResNeXt, arXiv:1611.05431 (grouped double
+convolution); Vaswani et al., arXiv:1706.03762 (attention); Wang et al., Pyramid Vision Transformer, arXiv:2102.12122
+(keys and values from a smaller map); Liu et al., Swin Transformer, arXiv:2103.14030 (windows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..registry import register_adapter
+from .base import Adapter, AdapterOptions, Site, positive, probability
+
+
+@dataclass(frozen=True)
+class HierarchicalOptions(AdapterOptions):
+    """Options of ``hierarchical``.
+
+    Attributes:
+        reduction: the reduced width is ``channels // reduction`` (at least 1).
+        rank: the reduced width itself, instead of a reduction.
+        conv_groups: groups of the two 3x3 convolutions; the largest number up to it that divides the width is taken.
+        heads: of the attention; the largest number up to it that divides the width is taken.
+        attention: every pixel looks at the whole map, averaged into at most ``cells`` x ``cells`` keys (``pooled``), or
+            at its own window of ``cells`` x ``cells`` pixels (``window``).
+        cells: see ``attention``; it bounds the memory: each pixel has at most ``cells * cells`` keys, however large the map.
+        mlp_ratio: hidden width of the MLP over the reduced width.
+        gate: where the learnable scalar gate of each step starts.
+        dropout: of the map before the up projection, in training.
+        recompute: attention and MLP keep their input alone for the backward pass and run once more there.
+    """
+
+    reduction: int = 4
+    rank: int | None = None
+    conv_groups: int = 4
+    heads: int = 4
+    attention: Literal["pooled", "window"] = "pooled"
+    cells: int = 8
+    mlp_ratio: float = 4.0
+    gate: float = 1.0
+    dropout: float = 0.0
+    recompute: bool = True
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is out of range."""
+        yield from positive(self, "reduction", "rank", "conv_groups", "heads", "cells", "mlp_ratio")
+        yield from probability(self, "dropout")
+
+
+class DoubleConv(nn.Module):
+    """``g * conv(GELU(conv h))`` with two 3x3 convolutions."""
+
+    def __init__(self, width: int, groups: int, gate: float) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1, groups=groups)
+        self.second = nn.Conv2d(width, width, 3, padding=1, groups=groups)
+        self.gate = nn.Parameter(torch.full((1,), gate))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the step, ``(N, width, H, W)``, without its residual."""
+        hidden = F.gelu(self.first(hidden))
+        return F.conv2d(hidden, *_gated(self.second, self.gate), padding=1, groups=self.second.groups)
+
+
+class Attention(nn.Module):
+    """``g * Wo softmax(q k^T / sqrt(d)) v`` over normed pixels, in heads; keys and values from a bounded number of places."""
+
+    def __init__(self, width: int, heads: int, mode: str, cells: int, gate: float) -> None:
+        super().__init__()
+        self.heads, self.mode, self.cells = heads, mode, cells
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.gate = nn.Parameter(torch.full((1,), gate))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the step, shaped like ``pixels``, ``(..., H, W, width)``, without its residual."""
+        pixels = self.norm(pixels)
+        attended = self._windowed(pixels) if self.mode == "window" else self._pooled(pixels)
+        return F.linear(attended, *_gated(self.out, self.gate))
+
+    def _pooled(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[-3], pixels.shape[-2]
+        step = (-(-height // self.cells), -(-width // self.cells))
+        pooled = F.avg_pool2d(pixels.movedim(-1, -3), step, ceil_mode=True).movedim(-3, -1)
+        attended = self._attend(pixels.flatten(-3, -2), pooled.flatten(-3, -2), None)
+        return attended.unflatten(-2, (height, width))
+
+    def _windowed(self, pixels: Tensor) -> Tensor:
+        side, (height, width) = self.cells, pixels.shape[-3:-1]
+        rows, columns = -(-height // side), -(-width // side)
+        beyond = (0, 0, 0, columns * side - width, 0, rows * side - height)
+        tokens = _to_windows(F.pad(pixels, beyond), side)
+        real = _to_windows(F.pad(pixels.new_ones(height, width, 1), beyond), side).bool()
+        attended = self._attend(tokens, tokens, real.transpose(-1, -2).unsqueeze(-3))
+        whole = "... rows columns (a b) c -> ... (rows a) (columns b) c"
+        return rearrange(attended, whole, a=side, b=side)[..., :height, :width, :]
+
+    def _attend(self, tokens: Tensor, sources: Tensor, mask: Tensor | None) -> Tensor:
+        """Return attention of ``tokens`` ``(..., L, width)`` to ``sources`` ``(..., S, width)``, heads side by side."""
+        query = rearrange(self.query(tokens), "... l (heads d) -> ... heads l d", heads=self.heads)
+        pairs = rearrange(self.key_value(sources), "... s (two heads d) -> two ... heads s d", two=2, heads=self.heads)
+        key, value = pairs.unbind(0)
+        attended = F.scaled_dot_product_attention(query, key, value, mask)
+        return rearrange(attended, "... heads l d -> ... l (heads d)")
+
+
+class Mlp(nn.Module):
+    """``g * W2 GELU(W1 norm(h))`` on each pixel."""
+
+    def __init__(self, width: int, hidden: int, gate: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.first = nn.Linear(width, hidden)
+        self.second = nn.Linear(hidden, width)
+        self.gate = nn.Parameter(torch.full((1,), gate))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the step, shaped like ``pixels``, ``(..., H, W, width)``, without its residual."""
+        return F.linear(F.gelu(self.first(self.norm(pixels))), *_gated(self.second, self.gate))
+
+
+@register_adapter("hierarchical")
+class Hierarchical(Adapter):
+    """``f(z) = up(h3)`` with ``h0 = GELU(down z)`` and ``h1 = h0 + g1 conv(h0)``, ``h2 = h1 + g2 attend(h1)``, ``h3 = h2 + g3 mlp(h2)``.
+
+    All steps work in the reduced width, which is what keeps them small. ``down`` and ``up`` are 1x1; ``up`` starts at
+    zero, so ``f`` does. Each gate is multiplied into the weights of its step's last layer: the same function, and no map
+    of its own to keep for the backward pass.
+
+    Attention costs memory in proportion to the pixels, not to their square, for the keys are bounded (``cells``).
+    Position comes from the zero padding and the neighbourhoods of the convolutions before it.
+    """
+
+    places = ("output",)
+    Options = HierarchicalOptions
+    merge_refusal = "its GELU, attention and norms are not linear, so no convolution equals it"
+
+    def __init__(self, site: Site, options: HierarchicalOptions) -> None:
+        super().__init__(site, options)
+        channels = site.geometry.out_channels
+        width = options.rank or max(1, channels // options.reduction)
+        heads = _divisor(width, options.heads)
+        self.down = nn.Conv2d(channels, width, 1)
+        self.conv = DoubleConv(width, _divisor(width, options.conv_groups), options.gate)
+        self.attention = Attention(width, heads, options.attention, options.cells, options.gate)
+        self.mlp = Mlp(width, max(1, round(width * options.mlp_ratio)), options.gate)
+        self.dropout = nn.Dropout(options.dropout)
+        self.up = nn.Conv2d(width, channels, 1)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)  # type: ignore[arg-type]
+
+    @classmethod
+    def refuses(cls, site: Site, options: HierarchicalOptions) -> str | None:
+        """Refuse a reduction larger than the channels, and outputs without a map of pixels."""
+        if site.geometry.linear:
+            return "its convolutions and attention need an image (N, C, H, W), and this output's channels are the last axis"
+        if options.rank is None and options.reduction > site.geometry.out_channels:
+            return f"reduction {options.reduction} leaves nothing of its {site.geometry.out_channels} channels"
+        return None
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return the update, shaped like ``z``."""
+        hidden = F.gelu(self.down(z))
+        hidden = hidden + self.conv(hidden)
+        if self.options.recompute and torch.is_grad_enabled() and hidden.requires_grad:
+            hidden = checkpoint(self._tokens, hidden, use_reentrant=False, preserve_rng_state=False)
+        else:
+            hidden = self._tokens(hidden)
+        return self.up(self.dropout(hidden))
+
+    def _tokens(self, hidden: Tensor) -> Tensor:
+        """Return the map after the two steps that treat pixels as tokens."""
+        pixels = hidden.movedim(-3, -1)
+        pixels = pixels + self.attention(pixels)
+        return (pixels + self.mlp(pixels)).movedim(-1, -3)
+
+
+def _gated(layer: nn.Conv2d | nn.Linear, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weight and bias with which ``layer`` computes ``gate`` times its output."""
+    assert layer.bias is not None
+    return layer.weight * gate, layer.bias * gate
+
+
+def _divisor(width: int, most: int) -> int:
+    """Return the largest number up to ``most`` that divides ``width``."""
+    return next(number for number in range(min(width, most), 0, -1) if width % number == 0)
+
+
+def _to_windows(image: Tensor, side: int) -> Tensor:
+    """Return ``(..., rows, columns, side * side, C)`` of an image ``(..., rows * side, columns * side, C)``."""
+    return rearrange(image, "... (rows a) (columns b) c -> ... rows columns (a b) c", a=side, b=side)

@@ -1,0 +1,145 @@
+"""MoNA, the multi-cognitive visual adapter: a scaled norm and averaged depthwise branches in a bottleneck.
+
+Paper: Yin et al., 5%>100%: Breaking Performance Shackles of Full Fine-Tuning on Visual Recognition Tasks,
+arXiv:2408.08345 (CVPR 2025).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import NotMergeable
+from ..kernels import embed_on_grid
+from ..registry import register_adapter
+from .base import Adapter, AdapterOptions, Site, exact, odd_kernels, positive, probability
+from .branches import Branch
+
+_NORM_START = 1e-6  # of s1: the norm joins in slowly, as in the authors' code
+
+
+@dataclass(frozen=True)
+class MonaOptions(AdapterOptions):
+    """Options of ``mona``.
+
+    Attributes:
+        rank: the width of the bottleneck (the paper's 64).
+        kernel_sizes: the depthwise branches, odd.
+        dropout: of the map between GELU and the up projection, in training.
+    """
+
+    rank: int = 64
+    kernel_sizes: tuple[int, ...] = (3, 5, 7)
+    dropout: float = 0.0
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is out of range."""
+        yield from positive(self, "rank")
+        yield from probability(self, "dropout")
+        yield from odd_kernels(self.kernel_sizes)
+
+
+@register_adapter("mona")
+class Mona(Adapter):
+    """``f(z) = U GELU( p(d(D n(z))) )``, on a module's output.
+
+    ``n(z) = s1 * LayerNorm(z) + s2 * z`` normalises each pixel over its channels, with a learnable number of each sort
+    for each channel; ``d(h) = mean_k DW_k(h) + h`` sees several scales; ``p(h) = M h + h`` mixes channels. D, M and U
+    are 1x1; U starts at zero, so ``f`` does.
+
+    Its norm and its GELU keep it from being a convolution. Between the two, ``folded`` makes one depthwise convolution
+    of ``d`` and one 1x1 of ``p``.
+
+    Reference: arXiv:2408.08345, eq. 2-4 and fig. 4.
+    """
+
+    places = ("output",)
+    Options = MonaOptions
+    merge_refusal = "its GELU and its input norm are not linear, so no convolution equals it"
+
+    def __init__(self, site: Site, options: MonaOptions) -> None:
+        super().__init__(site, options)
+        channels, rank = site.geometry.out_channels, options.rank
+        self.norm = nn.LayerNorm(channels)
+        self.norm_scale = nn.Parameter(torch.full((channels,), _NORM_START))
+        self.input_scale = nn.Parameter(torch.ones(channels))
+        self.down = nn.Conv2d(channels, rank, 1)
+        grid = site.geometry.with_channels(rank, rank, groups=rank)
+        self.branches: Any = nn.ModuleList(Branch(grid.resized((k, k)), bias=True) for k in options.kernel_sizes)
+        self.mix = nn.Conv2d(rank, rank, 1)
+        self.dropout = nn.Dropout(options.dropout)
+        self.up = nn.Conv2d(rank, channels, 1)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)  # type: ignore[arg-type]
+
+    @classmethod
+    def refuses(cls, site: Site, options: MonaOptions) -> str | None:
+        """Refuse outputs without a map of pixels."""
+        if site.geometry.linear:
+            return "its depthwise branches need an image (N, C, H, W), and this output's channels are the last axis"
+        return None
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return the update, shaped like ``z``."""
+        hidden = self._linear_part(self.down(self._normed(z)))
+        return self.up(self.dropout(F.gelu(hidden)))
+
+    def _normed(self, z: Tensor) -> Tensor:
+        """Return ``s1 * LayerNorm(z) + s2 * z``; s1 goes into the norm's own gain, which spares a map in memory."""
+        pixels = z.movedim(-3, -1)
+        gain, shift = self.norm.weight * self.norm_scale, self.norm.bias * self.norm_scale
+        normed = F.layer_norm(pixels, self.norm.normalized_shape, gain, shift, self.norm.eps)
+        return (normed + pixels * self.input_scale).movedim(-1, -3)
+
+    def _linear_part(self, hidden: Tensor) -> Tensor:
+        """Return ``p(d(hidden))``."""
+        if self.is_folded:
+            return self.mix(self.branches[0](hidden))
+        scales = [branch(hidden) for branch in self.branches]
+        hidden = reduce(torch.add, scales) / len(scales) + hidden
+        return self.mix(hidden) + hidden
+
+    def foldable(self) -> str | None:
+        """Say what ``folded`` folds."""
+        if self.is_folded:
+            return None
+        count, side = len(self.options.kernel_sizes), max(self.options.kernel_sizes)
+        what = "the branch" if count == 1 else f"{count} branches"
+        return (
+            f"{what} with the inner residual fold into one depthwise {side}×{side}, and the mixing 1×1 with its residual into "
+            "one 1×1; the norm, the two projections and the GELU stay"
+        )
+
+    def folded(self) -> Mona:
+        """Return a float64 copy whose branches are one depthwise convolution and whose mixing takes its residual in.
+
+        Raises:
+            NotMergeable: if it is folded already.
+        """
+        if self.is_folded:
+            raise NotMergeable("this adapter is folded already")
+        result = copy.deepcopy(self).to(torch.float64)
+        grid = self.site.geometry
+        side = max(self.options.kernel_sizes)
+        kernels = [branch.kernel() for branch in self.branches]
+        placed = [embed_on_grid(weight, grid.kernel_size, (side, side)) for weight, _ in kernels]
+        weight = reduce(torch.add, placed) / len(placed)
+        weight[:, :, side // 2, side // 2] += 1
+        bias = reduce(torch.add, [bias for _, bias in kernels]) / len(kernels)
+        one = Branch(self.branches[0].geometry.resized((side, side)), bias=True).to(weight)
+        mix = exact(self.mix.weight) + torch.eye(self.options.rank).to(weight)[:, :, None, None]
+        with torch.no_grad():
+            one.weight.copy_(weight)
+            one.bias.copy_(bias)  # type: ignore[union-attr]
+            result.mix.weight.copy_(mix)
+        trains = self.mix.weight.requires_grad
+        result.branches = nn.ModuleList([one.requires_grad_(trains).train(self.training)])
+        result.is_folded = True
+        return result

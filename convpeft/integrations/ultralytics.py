@@ -1,0 +1,120 @@
+"""ultralytics: fuse the norms of a merged model into its convolutions, chains of a factored merge included.
+
+ultralytics is licensed AGPL-3.0 and is never imported here: its blocks are known by their parts.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import hosting
+from ..adapters.base import exact
+from ..chains import AFTER, BESIDE, allow_fusing, carries_chains
+from ..errors import HostError
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Fuse a merged ultralytics model for inference, in place, and return it: its own ``fuse()``, made right.
+
+    ``model.fuse()`` folds each block's BatchNorm into the block's convolution. Where ``convpeft.merge`` left a chain
+    beside that convolution, the norm scales the chain too, so it goes into both here: every chain's last step is scaled
+    by the norm's gain, the first chain takes the norm's shift. The rest is ultralytics' own. A copy is fused first; if
+    anything there touches a layer that carries a chain in another way, the model is refused.
+
+    Args:
+        model: as ``convpeft.merge`` returned it, in any form (or one that convpeft never saw).
+
+    Raises:
+        HostError: if the model is still adapted, has no ``fuse``, or fusing it would pass a chain by; the text names the
+            layers, and the model is unchanged.
+    """
+    if any(hosting.slots_of(module) is not None for module in model.modules()):
+        raise HostError(
+            f"this {hosting.base_class(model).__name__} still carries adapters, which fusing would lose. Call "
+            "convpeft.merge(model) first and fuse what it returns; the model is unchanged."
+        )
+    if not callable(getattr(type(model), "fuse", None)):
+        raise HostError(
+            f"{type(model).__name__} has no fuse(): this is for ultralytics' models; the model is unchanged."
+        )
+    try:
+        lost = _fuse(copy.deepcopy(model))
+    except Exception as error:  # ultralytics' own code on a layer it does not expect
+        raise HostError(_refusal(model, f"its own fuse() fails ({type(error).__name__}: {error})")) from error
+    if lost:
+        raise HostError(_refusal(model, f"fusing would pass by the chains of a factored merge at {', '.join(lost)}"))
+    _fuse(model)
+    return model
+
+
+def _fuse(model: Any) -> list[str]:
+    """Fuse in place, and return the names of layers with chains that were rewritten or replaced by ultralytics."""
+    allow_fusing(model)
+    for block in list(model.modules()):
+        if _folds_beside(block):
+            _fold(block)
+    before = {name: _tensors(module) for name, module in model.named_modules() if carries_chains(module)}
+    model.fuse(verbose=False)
+    modules = dict(model.named_modules())
+    return [name for name, tensors in before.items() if not _is_kept(modules.get(name), tensors)]
+
+
+def _folds_beside(block: Any) -> bool:
+    """Whether a block is ultralytics' convolution, norm, activation, with chains beside its convolution only."""
+    conv, norm = block._modules.get("conv"), block._modules.get("bn")
+    if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        return False
+    plain = callable(getattr(block, "forward_fuse", None)) and not hasattr(block, "fuse_convs")
+    beside = carries_chains(conv) and BESIDE in conv._modules and AFTER not in conv._modules and conv.bias is None
+    return plain and beside and norm.running_mean is not None and not carries_chains(norm)
+
+
+def _fold(block: Any) -> None:
+    """Fold a block's norm into its convolution and the chains beside it, in place: ``g (W x + C x) + s``."""
+    norm = block.bn
+    gain = (exact(norm.running_var) + norm.eps).rsqrt()
+    gain = gain if norm.weight is None else gain * exact(norm.weight)
+    shift = -exact(norm.running_mean) * gain
+    shift = shift if norm.bias is None else shift + exact(norm.bias)
+    block.conv.weight = _parameter(exact(block.conv.weight) * gain.view(-1, 1, 1, 1), block.conv.weight)
+    for position, chain in enumerate(block.conv._modules[BESIDE]):
+        last = chain[-1]
+        bias = None if last.bias is None else exact(last.bias) * gain
+        if position == 0:
+            bias = shift if bias is None else bias + shift
+        last.weight = _parameter(exact(last.weight) * gain.view(-1, 1, 1, 1), last.weight)
+        last.bias = None if bias is None else _parameter(bias, last.weight)
+    block.conv.requires_grad_(False)
+    del block.bn
+    block.forward = block.forward_fuse
+
+
+def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.to(like.dtype), requires_grad=False)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies of a layer's own tensors and of its chains."""
+    chains = [module._modules[key] for key in (BESIDE, AFTER) if key in module._modules]
+    held = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    for number, chain in enumerate(chains):
+        held.update({f"{number}.{key}": tensor for key, tensor in chain.state_dict().items()})  # type: ignore[union-attr]
+    return {key: tensor.detach().clone() for key, tensor in held.items()}
+
+
+def _is_kept(module: nn.Module | None, tensors: dict[str, Tensor]) -> bool:
+    if module is None or not carries_chains(module):
+        return False
+    now = _tensors(module)
+    return now.keys() == tensors.keys() and all(torch.equal(now[key], tensors[key]) for key in tensors)
+
+
+def _refusal(model: nn.Module, why: str) -> str:
+    return (
+        f"this {type(model).__name__} cannot be fused: {why}. Merge with convpeft.merge(model, form='single'), put the "
+        "adapters beside those layers instead of on their outputs, or do not fuse; the model is unchanged."
+    )
