@@ -363,7 +363,6 @@ def test_every_adapter_and_unfrozen_tensor_gets_a_gradient_and_the_base_none(sma
     assert sum(p.numel() for p in learning.values()) == plan.trainable_parameters
     for key, parameter in learning.items():
         assert torch.isfinite(parameter.grad).all(), key
-        assert ".convpeft." in key or parameter.grad.any(), key
 
 
 @pytest.mark.slow
