@@ -316,7 +316,7 @@ class TestHooks:
             layer.register_forward_pre_hook(lambda module, arguments: seen["pre"].append(module)),
             layer.register_forward_hook(lambda module, arguments, output: seen["after"].append(output)),
             layer.register_full_backward_hook(lambda module, inner, outer: seen["backward"].append(module)),
-            layer.register_state_dict_post_hook(lambda *arguments: seen["state"].append(1)),
+            layer._register_state_dict_hook(lambda *arguments: seen["state"].append(1)),
         ]
         with_lora(model, "body.0.conv")
         model(x).sum().backward()
