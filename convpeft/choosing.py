@@ -72,7 +72,13 @@ class Choice:
     def choose(self) -> None:
         """Deal the modules out; fills ``chosen`` (in module order), ``shadowed``, ``left`` and ``problems``."""
         for number, rule in enumerate(self.spec.rules, 1):
-            self._deal(number, rule)
+            label = f"rule {number}"
+            if not self.spec.can_resolve(rule.match):
+                continue
+            if rule.problems(label):  # it will not be dealt anything, but its dead patterns belong to the same report
+                self.select(rule.match, label)
+            else:
+                self._deal(number, rule)
         order = {candidate.name: position for position, candidate in enumerate(self.candidates)}
         self.chosen.sort(key=lambda entry: order[entry[0].name])
 

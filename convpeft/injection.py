@@ -17,7 +17,7 @@ from .adapters.base import Adapter
 from .errors import AdapterConflict, SpecError, StateError
 from .planning import Plan, check_host, make_plan
 from .registry import adapter_class
-from .spec import Spec
+from .spec import Spec, read_spec
 from .state import (
     ATTRIBUTE,
     AdapterRecord,
@@ -36,13 +36,13 @@ _FORBIDDEN = set("./\\") | set(" \t\n")
 
 
 def as_spec(spec: SpecLike) -> Spec:
-    """Return a ``Spec`` from a spec, plain data, or the path of a spec file."""
+    """Return a ``Spec`` from a spec, plain data, or the path of a spec file; planning checks its rules."""
     if isinstance(spec, Spec):
         return spec
     if isinstance(spec, Mapping):
-        return Spec.from_dict(spec)
+        return Spec.draft(spec)
     if isinstance(spec, (str, Path)):
-        return Spec.load(spec)
+        return Spec.draft(read_spec(spec))
     raise SpecError(f"a spec is a Spec, a mapping or a path, not {type(spec).__name__}")
 
 

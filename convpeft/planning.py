@@ -133,12 +133,11 @@ def make_plan(model: nn.Module, spec: Spec, example_inputs: Any = None) -> Plan:
         SpecError: all problems at once (a ``PatternError`` when all are of patterns, and so on).
     """
     heading = f"cannot plan for this {base_class(model).__name__}"
-    raise_problems(spec.problems(), heading)
     chosen = Choice(model, spec)
     chosen.choose()
     layers = _Siting(model, chosen, example_inputs).plan()
     owned = _owned(chosen, spec)
-    raise_problems(chosen.problems, heading)
+    raise_problems(spec.problems() + chosen.problems, heading)
     parameters: dict[int, int] = {id(p): p.numel() for c in chosen.candidates for p in _own_parameters(c.module)}
     owned_ids = {
         id(p): p.numel()
@@ -268,6 +267,8 @@ def _owned(chosen: Choice, spec: Spec) -> dict[str, float]:
     owned: dict[str, float] = {}
     for number, entry in enumerate(spec.unfreeze, 1):
         assert isinstance(entry, Unfreeze)
+        if not spec.can_resolve(entry.match):
+            continue
         label, earlier = f"unfreeze {number}", set(owned)
         excluded = [pattern[1:] for _, pattern in spec.resolve(entry.match) if pattern.startswith("!")]
         for written, _, matched in chosen.select(entry.match, label):

@@ -1,4 +1,4 @@
-"""What a user writes: rules that choose modules by name and give them adapters. YAML, JSON, dicts or dataclasses."""
+"""What a user writes: rules, what to unfreeze, and named positions. YAML, JSON, dicts or dataclasses, all the same."""
 
 from __future__ import annotations
 
@@ -10,159 +10,13 @@ from typing import Any
 
 import yaml
 
-from .adapters.base import read_options
-from .errors import OptionError, PatternError, SpecError, closest, raise_problems
-from .matching import compile_glob
+from .errors import OptionError, SpecError, closest, raise_problems
 from .reading import read_data
-from .registry import LEAVE, adapter_class
+from .rules import Rule, Unfreeze, as_patterns, check_alias, check_patterns, is_text_or_texts
 
 VERSION = 1
 NORMS = ("frozen", "adapt")
-WHERE = {
-    "min_channels": "a whole number",
-    "max_channels": "a whole number",
-    "kernel_size": "a whole number or two",
-    "groups": "a whole number",
-    "depthwise": "true or false",
-}
-_RULE_KEYS = ("match", "kind", "place", "only", "where", "lr_mult", "channels", "output")
 _SPEC_KEYS = ("version", "aliases", "rules", "unfreeze", "norm")
-
-
-def _patterns(match: str | Iterable[str]) -> tuple[str, ...]:
-    return tuple(match) if isinstance(match, Iterable) and not isinstance(match, str) else (match,)
-
-
-class Rule:
-    """One line of a spec: the modules that match get adapters of a kind. The first rule that matches a module wins.
-
-    Args:
-        match: a glob over dotted module names, or a list of them; ``!`` excludes, ``@name`` is an alias.
-        kind: a registered adapter kind, or ``"leave"`` (match, and give nothing).
-        place: ``"parallel"`` or ``"output"``; unset, the kind's own: beside Conv2d and Linear layers where it can,
-            on the output of blocks that are named exactly.
-        only: class names; only modules of these classes (or their subclasses) match.
-        where: further conditions: ``min_channels``, ``max_channels`` (of both sides), ``kernel_size``, ``groups``,
-            ``depthwise``.
-        lr_mult: learning rate of these adapters, relative to the rate given to ``param_groups``.
-        channels: of the module's output, for output adapters whose channels cannot be found out.
-        output: which entry of a tuple, list or dict output is adapted.
-        options: the kind's own options (``rank=8``).
-
-    Example:
-        >>> Rule("neck.**.conv", "rep_mona", rank=16)
-        Rule('neck.**.conv', 'rep_mona', rank=16)
-    """
-
-    def __init__(
-        self,
-        match: str | Iterable[str],
-        kind: str,
-        *,
-        place: str | None = None,
-        only: str | Iterable[str] = (),
-        where: Mapping[str, Any] | None = None,
-        lr_mult: float = 1.0,
-        channels: int | None = None,
-        output: int | str | None = None,
-        **options: Any,
-    ) -> None:
-        self.match = _patterns(match)
-        self.kind = kind
-        self.place = place
-        self.only = _patterns(only)
-        self.where = dict(where or {})
-        self.lr_mult = lr_mult
-        self.channels = channels
-        self.output = output
-        self.options = options
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the rule as plain data, defaults left out."""
-        result: dict[str, Any] = {"match": _short(self.match), "kind": self.kind}
-        defaults: dict[str, Any] = {
-            "place": None,
-            "only": (),
-            "where": {},
-            "lr_mult": 1.0,
-            "channels": None,
-            "output": None,
-        }
-        for key, default in defaults.items():
-            value = getattr(self, key)
-            if value != default:
-                result[key] = _short(value) if isinstance(value, tuple) else value
-        if self.where:
-            result["where"] = _plain(self.where)
-        return {**result, **_plain(self.options)}
-
-    def problems(self, label: str) -> list[SpecError]:
-        """Return everything wrong with the rule that can be told without a model."""
-        found: list[SpecError] = []
-        found += _check_patterns(self.match, label)
-        found += _check_lr_mult(self.lr_mult, label)
-        if self.place not in (None, "parallel", "output"):
-            found.append(OptionError(f"{label}: place must be 'parallel' or 'output', not {self.place!r}"))
-        if self.channels is not None and not (_is_whole(self.channels) and self.channels > 0):
-            found.append(OptionError(f"{label}: channels must be a whole number above 0, not {self.channels!r}"))
-        if self.output is not None and not (_is_whole(self.output) or isinstance(self.output, str)):
-            found.append(OptionError(f"{label}: output must be an index or a key, not {self.output!r}"))
-        return found + _check_where(self.where, label) + self._kind_problems(label)
-
-    def _kind_problems(self, label: str) -> list[SpecError]:
-        if self.kind == LEAVE:
-            return [
-                OptionError(f"{label}: kind 'leave' takes no option {key!r}.{_nearest_rule_key(key)}")
-                for key in self.options
-            ]
-        try:
-            adapter = adapter_class(self.kind)
-        except SpecError as error:
-            return [type(error)(f"{label}: {error}")]
-        found: list[SpecError] = []
-        if self.place in ("parallel", "output") and self.place not in adapter.places:
-            found.append(
-                OptionError(
-                    f"{label}: kind {self.kind!r} has no place {self.place!r}, only {', '.join(adapter.places)}"
-                )
-            )
-        for problem in read_options(adapter, self.options)[1]:
-            unknown = [key for key in self.options if f"unknown key {key!r}" in str(problem)]
-            found.append(OptionError(f"{label}: {problem}{_nearest_rule_key(unknown[0]) if unknown else ''}"))
-        return found
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Rule) and self.to_dict() == other.to_dict()
-
-    def __repr__(self) -> str:
-        rest = {key: value for key, value in self.to_dict().items() if key not in ("match", "kind")}
-        options = "".join(f", {key}={value!r}" for key, value in rest.items())
-        return f"Rule({_short(self.match)!r}, {self.kind!r}{options})"
-
-
-@dataclass(frozen=True)
-class Unfreeze:
-    """Modules (with all below them) that train along; what they become belongs to the adapter.
-
-    Attributes:
-        match: globs as in a ``Rule``.
-        lr_mult: learning rate relative to the rate given to ``param_groups``.
-    """
-
-    match: tuple[str, ...]
-    lr_mult: float = 1.0
-
-    def __init__(self, match: str | Iterable[str], lr_mult: float = 1.0) -> None:
-        object.__setattr__(self, "match", _patterns(match))
-        object.__setattr__(self, "lr_mult", lr_mult)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the entry as plain data."""
-        return {"match": _short(self.match)} | ({} if self.lr_mult == 1.0 else {"lr_mult": self.lr_mult})
-
-    def problems(self, label: str) -> list[SpecError]:
-        """Return everything wrong with the entry that can be told without a model."""
-        return _check_patterns(self.match, label) + _check_lr_mult(self.lr_mult, label)
 
 
 @dataclass
@@ -190,7 +44,7 @@ class Spec:
         self.rules = tuple(self.rules)
         entries = (self.unfreeze,) if isinstance(self.unfreeze, (str, Unfreeze)) else self.unfreeze
         self.unfreeze = tuple(entry if isinstance(entry, Unfreeze) else Unfreeze(entry) for entry in entries)
-        self.aliases = {name: _patterns(value) for name, value in self.aliases.items()}
+        self.aliases = {name: as_patterns(value) for name, value in self.aliases.items()}
 
     @classmethod
     def load(cls, path: str | Path, *, aliases: str | Path | Mapping[str, Any] | None = None) -> Spec:
@@ -203,9 +57,7 @@ class Spec:
         Raises:
             SpecError: if the file is unreadable or says something unknown; all problems at once.
         """
-        data = read_data(path)
-        if not isinstance(data, dict):
-            raise SpecError(f"{path}: a spec is a mapping with 'rules', not {type(data).__name__}")
+        data = read_spec(path)
         if aliases is not None:
             named = dict(aliases) if isinstance(aliases, Mapping) else read_data(aliases)
             named = named.get("aliases", named) if isinstance(named, dict) else named
@@ -223,6 +75,22 @@ class Spec:
         Raises:
             SpecError: all problems at once: unknown keys with the nearest name, values of the wrong type.
         """
+        spec, problems = cls._draft(data, source)
+        raise_problems(problems + spec._problems(complete=not problems), source)
+        return spec
+
+    @classmethod
+    def draft(cls, data: Mapping[str, Any]) -> Spec:
+        """Return the spec that plain data describes, its rules unchecked: ``problems`` tells what is wrong with them.
+
+        Raises:
+            SpecError: as ``from_dict`` does, if the data are not built like a spec.
+        """
+        spec, problems = cls._draft(data, "spec")
+        return cls.from_dict(data) if problems else spec
+
+    @classmethod
+    def _draft(cls, data: Mapping[str, Any], source: str) -> tuple[Spec, list[SpecError]]:
         if not isinstance(data, Mapping):
             raise SpecError(f"{source}: a spec is a mapping with 'rules', not {type(data).__name__}")
         problems = _unknown_keys(data, _SPEC_KEYS, "the spec")
@@ -243,8 +111,7 @@ class Spec:
             data.get("norm", "frozen"),
             aliases,
         )
-        raise_problems(problems + spec._problems(complete=not problems), source)
-        return spec
+        return spec, problems
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as plain data that ``from_dict`` reads back to an equal spec."""
@@ -275,7 +142,7 @@ class Spec:
         if complete and not self.rules and not self.unfreeze and self.norm != "adapt":
             found.append(SpecError("the spec has no rules and unfreezes nothing: nothing would train"))
         for name, patterns in self.aliases.items():
-            found += _check_alias(name, patterns)
+            found += check_alias(name, patterns)
         for number, rule in enumerate(self.rules, 1):
             found += rule.problems(f"rule {number}") + self._alias_problems(rule.match, f"rule {number}")
         for number, entry in enumerate(self.unfreeze, 1):
@@ -283,6 +150,13 @@ class Spec:
             label = f"unfreeze {number}"
             found += entry.problems(label) + self._alias_problems(entry.match, label)
         return found
+
+    def can_resolve(self, patterns: Iterable[Any]) -> bool:
+        """Return whether ``resolve`` knows every alias among the patterns, and each of them is a sound glob."""
+        patterns = tuple(patterns)
+        if check_patterns(patterns, "") or self._alias_problems(patterns, ""):
+            return False
+        return not any(check_alias(name, self.aliases[name]) for name in self.aliases)
 
     def resolve(self, patterns: Iterable[str]) -> list[tuple[str, str]]:
         """Return ``(as written, pattern)`` pairs with aliases replaced; an excluded alias excludes all it names."""
@@ -306,17 +180,16 @@ class Spec:
         return found
 
 
-def _short(values: tuple[Any, ...]) -> Any:
-    return values[0] if len(values) == 1 else list(values)
+def read_spec(path: str | Path) -> dict[str, Any]:
+    """Return the plain data of a spec file.
 
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
-def _nearest_rule_key(unknown: str) -> str:
-    near = closest(unknown, _RULE_KEYS, 1)
-    return f" Or the rule's own key {near!r}?" if near else ""
+    Raises:
+        SpecError: if it cannot be read, or is no mapping.
+    """
+    data = read_data(path)
+    if not isinstance(data, dict):
+        raise SpecError(f"{path}: a spec is a mapping with 'rules', not {type(data).__name__}")
+    return data
 
 
 def _unknown_keys(data: Mapping[str, Any], known: Sequence[str], label: str) -> list[SpecError]:
@@ -347,9 +220,9 @@ def _rule(entry: Any, label: str, problems: list[SpecError]) -> Rule | None:
         problems.append(SpecError(f"{label} must be a mapping with 'match' and 'kind', not {entry!r}"))
         return None
     if (
-        not _is_text_or_texts(entry["match"])
+        not is_text_or_texts(entry["match"])
         or not isinstance(entry["kind"], str)
-        or not _is_text_or_texts(entry.get("only", ()))
+        or not is_text_or_texts(entry.get("only", ()))
     ):
         problems.append(OptionError(f"{label}: match and only are texts or lists of texts, kind is a text"))
         return None
@@ -365,72 +238,8 @@ def _rule(entry: Any, label: str, problems: list[SpecError]) -> Rule | None:
 def _unfreeze(entry: Any, label: str, problems: list[SpecError]) -> Unfreeze | None:
     if isinstance(entry, (str, Unfreeze)):
         return entry if isinstance(entry, Unfreeze) else Unfreeze(entry)
-    if not isinstance(entry, Mapping) or not _is_text_or_texts(entry.get("match")):
+    if not isinstance(entry, Mapping) or not is_text_or_texts(entry.get("match")):
         problems.append(SpecError(f"{label} must be a pattern or a mapping with 'match', not {entry!r}"))
         return None
     problems += _unknown_keys(entry, ("match", "lr_mult"), label)
     return Unfreeze(entry["match"], entry.get("lr_mult", 1.0))
-
-
-def _is_text_or_texts(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value))
-
-
-def _check_patterns(patterns: Sequence[str], label: str) -> list[SpecError]:
-    found: list[SpecError] = []
-    positive = [pattern for pattern in patterns if not str(pattern).startswith("!")]
-    if not positive:
-        found.append(SpecError(f"{label} needs at least one pattern that is not an exclusion"))
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            found.append(OptionError(f"{label}: a pattern is a text, not {pattern!r}"))
-            continue
-        try:
-            if not pattern.removeprefix("!").startswith("@"):
-                compile_glob(pattern.removeprefix("!"))
-        except SpecError as error:
-            found.append(type(error)(f"{label}: {error}"))
-    return found
-
-
-def _check_alias(name: str, patterns: Iterable[Any]) -> list[SpecError]:
-    found: list[SpecError] = []
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            found.append(OptionError(f"alias '@{name}' must be a pattern or a list of patterns, not {pattern!r}"))
-            continue
-        if pattern.removeprefix("!").startswith("@"):
-            found.append(PatternError(f"alias '@{name}': {pattern!r} is another alias; write its patterns out"))
-            continue
-        try:
-            compile_glob(pattern.removeprefix("!"))
-        except SpecError as error:
-            found.append(type(error)(f"alias '@{name}': {error}"))
-    return found
-
-
-def _check_where(where: Mapping[str, Any], label: str) -> list[SpecError]:
-    found: list[SpecError] = []
-    for key, value in where.items():
-        if key not in WHERE:
-            near = closest(str(key), WHERE)
-            hint = f"Closest: {near}. " if near else ""
-            found.append(OptionError(f"{label}: unknown key {key!r} in where. {hint}Known: {', '.join(WHERE)}."))
-            continue
-        pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_whole, value))
-        number = _is_whole(value) or (key == "kernel_size" and pair)
-        fits = isinstance(value, bool) if key == "depthwise" else number
-        if not fits:
-            found.append(OptionError(f"{label}: {key} in where must be {WHERE[key]}, not {value!r}"))
-    return found
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_lr_mult(lr_mult: Any, label: str) -> list[SpecError]:
-    number = isinstance(lr_mult, (int, float)) and not isinstance(lr_mult, bool)
-    if number and 0 <= lr_mult < float("inf"):
-        return []
-    return [OptionError(f"{label}: lr_mult must be a number of at least 0, not {lr_mult!r}")]

@@ -433,3 +433,14 @@ def test_the_plan_of_inject_is_the_plan():
     model = detector()
     planned = convpeft.plan(model, spec)
     assert str(convpeft.inject(model, spec)) == str(planned)
+
+
+def test_what_is_wrong_with_the_spec_and_with_its_fit_is_told_together():
+    rules = [
+        {"match": "stem.conv", "kind": "lora", "rank": 0},
+        {"match": "nowhere", "kind": "lora"},
+        {"match": ["box", "elsewhere"], "kind": "lroa"},
+    ]
+    text = refused({"rules": rules, "unfreeze": ["nobody"]}, SpecError, "5 problems")
+    for part in ("rank must be above 0", "unknown kind 'lroa'", "'nowhere' m", "'elsewhere' m", "'nobody' m"):
+        assert part in text

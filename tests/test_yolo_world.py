@@ -118,16 +118,22 @@ def test_training_reaches_adapters_and_unfrozen_parts_only(scale):
 
 @each_scale
 def test_norms_are_held_through_steps_and_train_calls(scale):
-    model = world(scale)
-    convpeft.inject(model, MIXED)
+    model = world(scale).train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) > 60
+    convpeft.inject(model, MIXED, name="a")
+    assert not any(norm.training for norm in norms)  # from the injection on, without a call of train()
     before = {key: value for key, value in bits(model).items() if "running" in key or "num_batches" in key}
     train(model, steps=2)
     for mode in (True, False, True, True):
         model.train(mode)
         loss_of(model)
     model.criterion = None
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert len(norms) > 60
+    assert not any(norm.training for norm in norms)
+    convpeft.inject(model, OTHER, name="b")  # adapts the norms; what it makes of them goes with it
+    assert all(norm.training for norm in norms)
+    train(model)
+    convpeft.set_active(model, "a")
     assert not any(norm.training for norm in norms)
     after = bits(model)
     assert all(torch.equal(after[key], value) for key, value in before.items())
