@@ -66,7 +66,9 @@ def train(name: str, data: Path, out: Path, accelerator: Any) -> None:
     processes = accelerator.num_processes
     splits = open_dataset(data, size=64)
     texts = load_class_features(splits.texts, use_clip=False).of(splits.classes)
+    torch.set_default_dtype(torch.float32)
     model = build_world_model("n").double()
+    torch.set_default_dtype(torch.float64)  # ultralytics' losses are added up in the default dtype
     torch.manual_seed(1)
     convpeft.inject(model, SPEC, name="two")
     model.txt_feats = texts.double()
@@ -85,6 +87,7 @@ def train(name: str, data: Path, out: Path, accelerator: Any) -> None:
     )  # fmt: skip
     if name == "fsdp":  # half of it, then the rest in a trainer that begins from the checkpoint
         trainer.run(out / "fsdp.checkpoint", until=STEPS // 2)
+        accelerator.wait_for_everyone()  # the first process writes the file, every one reads it
         trainer.resume(out / "fsdp.checkpoint")
         trainer.optimizer.zero_grad()
     trainer.run()
@@ -114,7 +117,6 @@ def train(name: str, data: Path, out: Path, accelerator: Any) -> None:
 def main(arguments: list[str]) -> None:
     """Run the named trainings, one after the other in the same processes."""
     torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
     accelerator = make_accelerator("cpu", "no", 1)
     for name in arguments[2:]:
         train(name, Path(arguments[0]), Path(arguments[1]), accelerator)

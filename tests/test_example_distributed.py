@@ -21,6 +21,7 @@ from examples.yolo_world.datasets import open_dataset
 from examples.yolo_world.model import build_world_model
 from examples.yolo_world.stream import Stream
 
+from . import distributed_runs
 from .training_toys import tiny_world
 
 pytestmark = pytest.mark.slow
@@ -28,18 +29,12 @@ ROOT = Path(__file__).parent.parent
 NAMES = ("ddp", "ddp-accumulated", "ddp-poisoned", "fsdp")
 
 
-def launch(*command: str) -> None:
-    """Run a command from the repository's root to its end, with no thread too many; what it printed is in the failure."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-
-
 def torchrun(*command: str) -> None:
-    """Run a module in two processes."""
-    launch("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone", "-m", *command)
+    """Run a module in two processes, from the repository's root to its end; what it printed is in the failure."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run([*start, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +51,10 @@ def results(folder) -> dict[str, dict[str, dict]]:
     """Losses and tensors by number of processes and name."""
     data = str(folder / "parts")
     one = tuple(name for name in NAMES if name != "fsdp")
-    launch("-m", "tests.distributed_runs", data, str(folder / "one"), *one)
+    try:
+        distributed_runs.main([data, str(folder / "one"), *one])
+    finally:
+        torch.set_default_dtype(torch.float32)
     torchrun("tests.distributed_runs", data, str(folder / "two"), *NAMES)
     found: dict[str, dict[str, dict]] = {}
     for side, names in (("one", one), ("two", NAMES)):

@@ -12,6 +12,9 @@ pytest.importorskip("ultralytics")
 pytest.importorskip("accelerate")
 
 from examples.yolo_world import checkpoint, ema, schedule, stream
+from examples.yolo_world.parallel import BatchLoss, ParallelError
+
+from .training_toys import TEXTS, Toy
 
 shares = st.floats(0, 1)
 
@@ -161,3 +164,32 @@ def test_tensors_of_another_adapter_change_nothing():
     with pytest.raises(checkpoint.CheckpointError, match="b is missing; c is not in this model"):
         checkpoint.copy_into(live, {"a": torch.ones(2), "c": torch.ones(3)}, put, "run")
     assert not any(tensor.any() for tensor in live.values())
+
+
+def part_of_a_batch(model: Toy) -> tuple[BatchLoss, dict[str, torch.Tensor]]:
+    model.unused = nn.Parameter(torch.ones(3))
+    loss = BatchLoss(model, processes=2)
+    return loss, {"img": torch.rand(2, 3, 4, 4), "txt_feats": TEXTS}
+
+
+def test_every_parameter_has_a_gradient_in_every_process(monkeypatch):
+    loss, batch = part_of_a_batch(Toy().eval())
+    loss.model.criterion = loss.model.init_criterion()
+    monkeypatch.setattr(loss, "share", lambda: 3.0)
+    value = loss(batch)
+    value.backward()
+    found = {name: parameter.grad.clone() for name, parameter in loss.model.named_parameters()}
+    assert found.pop("unused").tolist() == [0, 0, 0]
+    loss.zero_grad()
+    alone = BatchLoss(loss.model)(batch)
+    alone.backward()
+    torch.testing.assert_close(value, 3 * alone)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, 3 * loss.model.get_parameter(name).grad)
+        assert gradient.any()
+
+
+def test_a_loss_that_cannot_be_shared_out_is_refused_in_several_processes():
+    loss, batch = part_of_a_batch(Toy())
+    with pytest.raises(ParallelError, match=r"function has no 'assigner'.*train this model in one process"):
+        loss(batch)

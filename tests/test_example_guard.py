@@ -111,6 +111,27 @@ def test_an_explosion_by_a_huge_rate_ends_with_a_finite_loss():
     assert all(tensor.isfinite().all() for tensor in values(held).values())
 
 
+def test_a_scale_that_is_too_high_for_fp16_is_lowered_and_is_no_fault():
+    trainer = toy_trainer(steps=14, extra_loss=lambda model: 50 * (model.last.weight**2).sum())
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # for float32 what 2^16 is for fp16
+    start = values(trainer)
+    trainer.run(until=2)
+    assert same(start, values(trainer))
+    trainer.run()
+    assert trainer.guard.skipped == 0
+    assert trainer.curves.messages == []
+    assert trainer.accelerator.scaler.get_scale() < 2.0**126
+    assert not same(start, values(trainer))
+    assert all(tensor.isfinite().all() for tensor in values(trainer).values())
+
+
+def test_a_fault_of_the_loss_itself_counts_in_fp16_too():
+    trainer = toy_trainer(extra_loss=Poison({8}, finite_loss=False))
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    trainer.run()
+    assert (trainer.guard.skipped, trainer.accelerator.scaler.get_scale()) == (1, 2.0)
+
+
 def a_guard(**options) -> tuple[Guard, torch.Tensor]:
     weight = torch.nn.Parameter(torch.zeros(2))
     return Guard(GuardSettings(**options), {"weight": weight}, torch.optim.AdamW([weight])), weight
@@ -137,6 +158,25 @@ def test_no_snapshot_is_taken_while_the_loss_is_high():
     guard.passed(3, 1.5)
     assert guard.last.step == 3
     assert guard.last.tensors["weight"].tolist() == [1, 1]
+
+
+def test_a_snapshot_can_be_returned_to_more_than_once():
+    guard, weight = a_guard(every=1)
+
+    def step() -> None:
+        weight.grad = torch.ones(2)
+        guard.optimizer.step()
+
+    step()
+    guard.passed(1, 1.0)
+    found = []
+    for _ in range(2):
+        step()
+        guard.restore(guard.last)
+        state = guard.optimizer.state[weight]
+        found.append({"weight": weight.detach().clone(), **{name: value.clone() for name, value in state.items()}})
+    assert same(*found)
+    assert float(found[0]["step"]) == 1
 
 
 def test_a_good_step_ends_a_streak():

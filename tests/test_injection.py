@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import convpeft
-from convpeft import AdapterConflict, StateError, UnknownAdapter, hosting, injection, registry
+from convpeft import AdapterConflict, StateError, UnknownAdapter, hosting
 
 from .cases import assert_relative, bits, same_bits
 from .detector import LORA, A, B, Untouched, detector, images, scrambled, two
@@ -310,80 +310,6 @@ class TestEjecting:
         convpeft.eject(model)
         convpeft.inject(model, A)
         assert torch.equal(model(x), own)
-
-
-EVERYTHING = {
-    "rules": [{"match": "**", "kind": "lora", "only": "Conv2d"}, {"match": "body.*", "kind": "bottleneck"}],
-    "unfreeze": ["score", "stem"],
-    "norm": "adapt",
-}
-CALLS = [
-    (function, call)
-    for function, calls in {
-        "hosting.adapt": (1, 4, 10),
-        "hosting.add_owner": (1, 4),
-        "hosting.show": (1, 5, 10),
-        "hosting.hold": (1, 3),
-        "injection._switch": (1,),
-        "injection._train_only_active": (1,),
-    }.items()
-    for call in calls
-]
-
-
-class TestFailingInjects:
-    """A failure in the middle leaves a bare model bare, and an adapted one with just the adapters it had."""
-
-    STARTS = pytest.mark.parametrize("start", [detector, lambda: scrambled(two())], ids=["bare", "adapted"])
-
-    def assert_fails(self, model, error, text):
-        before, x = Untouched(model), images()
-        active, output = convpeft.active_adapters(model), model(x)
-        with pytest.raises(error, match=text):
-            convpeft.inject(model, EVERYTHING, name="new")
-        before.check()
-        assert convpeft.active_adapters(model) == active
-        assert torch.equal(model(x), output)
-        for name in active:
-            convpeft.set_active(model, None)
-            convpeft.set_active(model, name)
-            assert torch.equal(model(x), output)
-
-    @STARTS
-    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-    def test_a_constructor_that_raises_on_the_third_layer(self, start, error, monkeypatch):
-        built, construct = [], registry.adapter_class("lora").__init__
-
-        def failing(self, site, options):
-            construct(self, site, options)
-            if self.down.device.type != "meta":
-                built.append(self)
-                if len(built) == 3:
-                    raise error("the third")
-
-        monkeypatch.setattr(registry.adapter_class("lora"), "__init__", failing)
-        self.assert_fails(start(), error, "the third")
-        assert len(built) == 3
-
-    @STARTS
-    @pytest.mark.parametrize("done", [False, True], ids=["before it", "after it"])
-    @pytest.mark.parametrize(("function", "call"), CALLS)
-    def test_an_interrupt_while_installing(self, start, function, call, done, monkeypatch):
-        owner, name = {"hosting": hosting, "injection": injection}[function.split(".")[0]], function.split(".")[1]
-        original, calls = getattr(owner, name), []
-
-        def interrupted(*arguments):
-            calls.append(arguments)
-            if len(calls) != call:
-                return original(*arguments)
-            if done:
-                original(*arguments)
-            raise KeyboardInterrupt(function)
-
-        model = start()
-        monkeypatch.setattr(owner, name, interrupted)
-        self.assert_fails(model, KeyboardInterrupt, function)
-        assert len(calls) >= call
 
 
 class TestNames:

@@ -21,12 +21,13 @@ class Toy(nn.Module):
         super().__init__()
         self.criterion: Any = None
         self.hidden, self.last, self.drop = nn.Linear(3, 8), nn.Linear(8, 3), nn.Dropout(0.2)
+        self.norm = nn.BatchNorm1d(8)
 
     def init_criterion(self) -> Any:
         return lambda found, batch: (((found - batch["img"].mean((2, 3))) ** 2).sum(1, keepdim=True), {})
 
     def forward(self, images: Tensor, txt_feats: Tensor | None = None) -> Tensor:
-        return self.last(self.drop(torch.tanh(self.hidden(images.mean((2, 3))))))
+        return self.last(self.drop(self.norm(torch.tanh(self.hidden(images.mean((2, 3)))))))
 
 
 class Colours:

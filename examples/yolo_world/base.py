@@ -64,15 +64,28 @@ def base_data(options: Options, say: Callable[[str], None]) -> tuple[DefectImage
     )
 
 
+def cached_base(options: Options, texts: TextFeatures) -> Path:
+    """Return the file in which the base of these options is kept, whether it is there or not."""
+    return options.cache / f"base-{options.scale}-{base_key(options, texts)}.pt"
+
+
+def is_cached(options: Options, texts: TextFeatures) -> bool:
+    """Return whether ``get_base`` would only have to read a file."""
+    return options.weights is not None or cached_base(options, texts).is_file()
+
+
 def get_base(
-    options: Options, texts: TextFeatures, accelerator: Accelerator, writer: SummaryWriter, say: Callable[[str], None]
+    options: Options,
+    texts: TextFeatures,
+    accelerator: Accelerator,
+    writer: SummaryWriter | None,
+    say: Callable[[str], None],
 ) -> Base:
     """Return the base: from ``--weights``, else from the cache, else trained now and put into the cache."""
     if options.weights is not None:
         model = load_world_model(options.weights).to(accelerator.device)
         return Base(model, f"weights {options.weights.name}", None)
-    key = base_key(options, texts)
-    stored = options.cache / f"base-{options.scale}-{key}.pt"
+    stored = cached_base(options, texts)
     model = build_world_model(options.scale, class_count=len(DEFECTS), seed=options.seed)
     own_texts = texts.of(sorted(DEFECTS))
     if stored.is_file():

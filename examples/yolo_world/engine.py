@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -17,9 +18,9 @@ from tqdm import tqdm
 
 from .evaluate import Scores
 from .mvtec import Batch, Collate, DefectImages
+from .schedule import rate_factor
 
 CLIP_NORM = 10.0
-FLOOR = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,25 +52,6 @@ class History:
     seconds_per_step: float = 0.0
 
 
-def rate_factor(step: int, steps: int, *, warm_up: float = 0.1, floor: float = FLOOR) -> float:
-    """Return what the base learning rate is multiplied by at a step, counted from 0.
-
-    Linear from ``floor`` to 1 over the first ``warm_up`` share of the steps, then half a cosine from 1 down to
-    ``floor``. It stays at ``floor`` past the end, so it is never below it, let alone negative.
-
-    Example:
-        >>> [round(rate_factor(step, 100), 2) for step in (0, 10, 55, 100, 1000)]
-        [0.05, 1.0, 0.53, 0.05, 0.05]
-    """
-    if step >= steps:
-        return floor
-    rising = max(round(warm_up * steps), 1)
-    if step < rising:
-        return floor + (1 - floor) * max(step, 0) / rising
-    done = (step - rising) / (steps - rising)
-    return max(floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)), floor)
-
-
 def all_parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Return optimizer groups of all trainable parameters; vectors and scalars (norms, biases) have no weight decay."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -87,7 +69,13 @@ def make_accelerator(device: str, precision: str, accumulation: int) -> Accelera
         precision: ``no``, ``bf16`` or ``fp16``.
         accumulation: forward passes per optimizer step.
     """
-    return Accelerator(cpu=device == "cpu", mixed_precision=precision, gradient_accumulation_steps=accumulation)
+    waiting = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # others wait while the first one evaluates
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=precision,
+        gradient_accumulation_steps=accumulation,
+        kwargs_handlers=[waiting],
+    )
 
 
 def endless(loader: DataLoader[Any]) -> Iterator[Batch]:

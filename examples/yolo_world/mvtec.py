@@ -13,23 +13,18 @@ defect with two images or more is on both. ``train/good`` is added to training a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
-Batch = dict[str, Tensor]
-
-
-class DataError(ValueError):
-    """A data folder that cannot be read as MVTec AD: says which path, what is wrong, and what to do."""
+from .images import SUFFIXES as SUFFIXES
+from .images import Augment, DataError, DetectionImages, images_in, read_pixels, split_by_hash, to_centred, to_square
+from .images import Batch as Batch
+from .images import Collate as Collate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +44,6 @@ class Category:
     classes: tuple[str, ...]
     train: tuple[Sample, ...]
     test: tuple[Sample, ...]
-
-
-def images_in(folder: Path) -> list[Path]:
-    """Return the image files of a folder, sorted by name; empty if the folder is not there."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
 def list_categories(root: Path) -> list[str]:
@@ -83,18 +71,6 @@ def find_mask(folder: Path, defect: str, image: Path) -> Path:
         if (truth / name).is_file():
             return truth / name
     raise DataError(f"{image} has no mask: expected {truth / (image.stem + '_mask.png')}.")
-
-
-def split_by_hash(paths: Sequence[Path], share: float, seed: int, root: Path) -> tuple[list[Path], list[Path]]:
-    """Return the paths as (train, test), ordered by a hash of seed and path relative to ``root``.
-
-    With two paths or more both sides have at least one; a single path goes to train.
-    """
-    keys = {path: hashlib.sha256(f"{seed}:{path.relative_to(root).as_posix()}".encode()).digest() for path in paths}
-    ordered = sorted(paths, key=keys.__getitem__)
-    cut = round(share * len(ordered))
-    cut = min(max(cut, 1), len(ordered) - 1) if len(ordered) > 1 else len(ordered)
-    return sorted(ordered[:cut]), sorted(ordered[cut:])
 
 
 def read_category(root: Path, name: str, *, train_share: float = 0.6, seed: int = 0, good_limit: int = 16) -> Category:
@@ -140,19 +116,6 @@ def boxes_from_mask(mask: np.ndarray, min_area: int) -> np.ndarray:
     return np.asarray(boxes, np.float64).reshape(-1, 4)
 
 
-def read_pixels(path: Path, flag: int) -> np.ndarray:
-    """Return an image file's pixels.
-
-    Raises:
-        DataError: if the file is missing or cannot be decoded.
-    """
-    pixels = cv2.imread(str(path), flag)
-    if pixels is None:
-        why = "cannot be decoded; it may be cut off or no image" if path.is_file() else "is not there"
-        raise DataError(f"{path} {why}.")
-    return pixels
-
-
 def load_sample(sample: Sample, size: int, min_area: int) -> tuple[Tensor, Tensor]:
     """Return a sample's image, uint8 ``(3, size, size)`` RGB, and boxes, ``(n, 4)`` centre-x centre-y w h in [0, 1].
 
@@ -166,11 +129,8 @@ def load_sample(sample: Sample, size: int, min_area: int) -> tuple[Tensor, Tenso
         mask = read_pixels(sample.mask, cv2.IMREAD_GRAYSCALE)
         if mask.shape != (height, width):
             raise DataError(f"{sample.mask} is {mask.shape[1]}x{mask.shape[0]}, its image is {width}x{height}.")
-        boxes = boxes_from_mask(mask, min_area) / [width, height, width, height]
-    centred = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
-    resized = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
-    image = np.ascontiguousarray(resized[..., ::-1].transpose(2, 0, 1))
-    return torch.from_numpy(image), torch.from_numpy(centred).float()
+        boxes = boxes_from_mask(mask, min_area)
+    return to_square(pixels, size), to_centred(boxes, width, height)
 
 
 def augment(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +147,7 @@ def augment(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     return (image * gain + shift).clamp(0, 1), boxes
 
 
-class DefectImages(Dataset[dict[str, Tensor]]):
+class DefectImages(DetectionImages):
     """The images of some samples, held in memory, as ``{img, cls, bboxes}``.
 
     Args:
@@ -195,50 +155,41 @@ class DefectImages(Dataset[dict[str, Tensor]]):
         classes: class names in the order of the text features.
         size: height and width the images are resized to (a multiple of 32).
         min_area: smallest connected part of a mask that gives a box, in pixels of the mask.
-        augmented: flip and relight at random, from torch's global random numbers.
+        augmented: flip and relight at random (``augment``), from torch's global random numbers.
+        augmentation: instead of that, see ``DetectionImages``.
+        label_of: class index of each defect; default: its place in ``classes``.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], classes: Sequence[str], *, size: int, min_area: int, augmented: bool
+        self,
+        samples: Sequence[Sample],
+        classes: Sequence[str],
+        *,
+        size: int,
+        min_area: int,
+        augmented: bool,
+        augmentation: Augment | None = None,
+        label_of: Mapping[str, int] | None = None,
     ) -> None:
-        self.classes, self.size, self.augmented = tuple(classes), size, augmented
-        self.samples: list[Sample] = []
-        self.left_out: list[Sample] = []
-        self.loaded: list[tuple[Tensor, Tensor]] = []
+        self.classes, self.size, self.augmented, self.augmentation = tuple(classes), size, augmented, augmentation
+        self.samples, self.left_out, self.boxes, self.labels = [], [], [], []
+        loaded: list[tuple[Tensor, Tensor]] = []
+        places = {name: place for place, name in enumerate(self.classes)} if label_of is None else label_of
         for sample in samples:
             image, boxes = load_sample(sample, size, min_area)
             if sample.defect is not None and not len(boxes):
                 self.left_out.append(sample)
                 continue
+            label = places[sample.defect] if sample.defect is not None else 0
             self.samples.append(sample)
-            self.loaded.append((image, boxes))
-
-    def __len__(self) -> int:
-        return len(self.samples)
+            self.labels.append(torch.full((len(boxes),), label))
+            self.boxes.append(boxes)
+            loaded.append((image, boxes))
+        self.loaded = loaded
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if self.augmentation is not None or not self.augmented:
+            return super().__getitem__(index)
         pixels, boxes = self.loaded[index]
-        image = pixels.float() / 255
-        if self.augmented:
-            image, boxes = augment(image, boxes)
-        defect = self.samples[index].defect
-        label = self.classes.index(defect) if defect is not None else 0
-        return {"img": image, "bboxes": boxes, "cls": torch.full((len(boxes), 1), float(label))}
-
-
-@dataclasses.dataclass(frozen=True)
-class Collate:
-    """Join items to the batch that ultralytics' losses want; ``texts`` are the classes' features, ``(1, nc, 512)``."""
-
-    texts: Tensor
-
-    def __call__(self, items: Sequence[dict[str, Any]]) -> Batch:
-        """Return the batch; ``batch_idx`` says for each box which image it is on."""
-        counts = torch.tensor([len(item["cls"]) for item in items])
-        return {
-            "img": torch.stack([item["img"] for item in items]),
-            "cls": torch.cat([item["cls"] for item in items]),
-            "bboxes": torch.cat([item["bboxes"] for item in items]),
-            "batch_idx": torch.repeat_interleave(torch.arange(len(items)), counts).float(),
-            "txt_feats": self.texts.expand(len(items), -1, -1).contiguous(),
-        }
+        image, boxes = augment(pixels.float() / 255, boxes)
+        return {"img": image, "bboxes": boxes, "cls": self.labels[index].float()[:, None]}
