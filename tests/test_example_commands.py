@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 import convpeft
-from examples.yolo_world import compare, ensemble, evaluate, merge, predict, trainer, tune
+from examples.yolo_world import compare, ensemble, evaluate, merge, predict, train, trainer, tune
 from examples.yolo_world.common import OPTIONS
 from examples.yolo_world.datasets import open_dataset
 from examples.yolo_world.images import DataError
@@ -26,7 +26,7 @@ from examples.yolo_world.model import decode, load_world_model, use_classes
 
 from .cases import same_bits
 from .commands import CLASSES, LORA, MIXED, NONLINEAR, SIZE, Place, make_place, run
-from .world import pictures, world
+from .world import moved, pictures, world
 
 COMMANDS = {
     "evaluate": evaluate,
@@ -297,15 +297,15 @@ def test_a_merge_that_computes_something_else_is_found_and_not_written(place, tm
 
 def test_operators_that_a_form_does_not_allow_are_refused():
     base = collections.Counter({"Conv": 5, "Add": 2, "Mul": 1})
-    assert merge.check_operators(base, base, "single") == "the same 8 operators as the base"
+    assert merge.check_operators(base, base, chains=False) == "the same 8 operators as the base"
     more = base + collections.Counter({"Conv": 3, "Add": 1})
-    assert merge.check_operators(base, more, "auto") == "the base's 8 operators and 1 Add, 3 Conv more"
-    with pytest.raises(merge.CheckError, match=r"3 Conv more, 1 Add more.*'single' allows no difference"):
-        merge.check_operators(base, more, "single")
+    assert merge.check_operators(base, more, chains=True) == "the base's 8 operators and 1 Add, 3 Conv more"
+    with pytest.raises(merge.CheckError, match=r"3 Conv more, 1 Add more.*no chains, so there must be no difference"):
+        merge.check_operators(base, more, chains=False)
     with pytest.raises(merge.CheckError, match=r"1 Erf more"):
-        merge.check_operators(base, more + collections.Counter({"Erf": 1}), "auto")
+        merge.check_operators(base, more + collections.Counter({"Erf": 1}), chains=True)
     with pytest.raises(merge.CheckError, match=r"1 Mul fewer"):
-        merge.check_operators(base, collections.Counter({"Conv": 5, "Add": 2}), "auto")
+        merge.check_operators(base, collections.Counter({"Conv": 5, "Add": 2}), chains=True)
 
 
 def operators(path: Path):
@@ -341,12 +341,14 @@ def test_onnx_has_the_bases_operators_and_gives_the_adapted_models_output(place,
     bare = merge.compare_outputs(given, merge.raw_output(use_classes(world("n"), place.texts), image))
     assert not bare.within(1e-4, SIZE)
 
-    single = convpeft.merge(model, form="single")
+    model = load_world_model(place.root / "tiny-worldv2.pt")
+    convpeft.inject(model, {"rules": MIXED["rules"][:1]})
+    single = convpeft.merge(use_classes(moved(model), place.texts).eval(), form="single")
+    assert not merge.has_chains(single)
     ours = merge.export_onnx(merge.fused_for_export(single), image, tmp_path / "single.onnx")
-    assert merge.check_operators(base, ours, "single").startswith("the same")
-    torch.testing.assert_close(
-        merge.run_onnx(tmp_path / "single.onnx", image), merge.raw_output(model, image), rtol=1e-4, atol=1e-4
-    )
+    assert merge.check_operators(base, ours, chains=False).startswith("the same")
+    given = merge.run_onnx(tmp_path / "single.onnx", image)
+    torch.testing.assert_close(given, merge.raw_output(model, image), rtol=1e-4, atol=1e-4)
 
     monkeypatch.setattr(merge, "export_onnx", lambda *_: base)
     monkeypatch.setattr(merge, "run_onnx", lambda path, images: merge.raw_output(single, images) + 1e-2)
@@ -354,6 +356,28 @@ def test_onnx_has_the_bases_operators_and_gives_the_adapted_models_output(place,
     (tmp_path / "off" / ".base.onnx").touch()
     assert run(merge, [*options, "--out", tmp_path / "off"]) == 2
     assert "differs from the merged model by" in capsys.readouterr().err
+
+
+def test_train_takes_weights_made_for_another_number_of_classes(place, tmp_path):
+    assert load_world_model(place.root / "tiny-worldv2.pt").model[-1].nc != len(CLASSES)
+    assert (
+        run(
+            train,
+            [
+                *place.options,
+                "--steps",
+                "1",
+                "--evaluations",
+                "1",
+                "--spec",
+                place.spec("narrow", LORA),
+                "--out",
+                tmp_path,
+            ],
+        )
+        == 0
+    )
+    assert read(tmp_path / "log.json")["classes"] == list(CLASSES)
 
 
 def compare_options(place: Place) -> list[object]:

@@ -51,16 +51,24 @@ def test_a_bad_step_is_skipped_and_counted_in_any_accumulated_pass(finite_loss, 
     assert all(tensor.isfinite().all() for tensor in values(poisoned).values())
 
 
+def parameters(trainer) -> dict[str, torch.Tensor]:
+    """Return copies of the parameters; a norm's statistics have seen the batch of the step when a snapshot is taken."""
+    return {
+        name: value for name, value in values(trainer).items() if "norm.running" not in name and "norm.num" not in name
+    }
+
+
 def test_a_streak_returns_to_the_last_good_adapter_with_its_optimizer_and_a_lower_rate():
     settings = GuardSettings(streak=3, lower=0.25, every=2)
     trainer = toy_trainer(extra_loss=Poison(set(range(2 * 7, 2 * 10)), finite_loss=False), guard=settings)
     trainer.run(until=6)
-    good = values(trainer)  # the state before step 7, at which the snapshot of step 6 was due
+    good = parameters(trainer)  # the state before step 7, at which the snapshot of step 6 was due
     state = {k: {n: t.clone() for n, t in s.items()} for k, s in trainer.optimizer.state_dict()["state"].items()}
     trainer.run(until=9)
-    assert not same(good, values(trainer))
+    assert not same(good, parameters(trainer))
     trainer.run(until=10)
-    assert same(good, values(trainer))
+    assert same(good, parameters(trainer))
+    assert all(tensor.isfinite().all() for tensor in values(trainer).values())
     for number, entry in trainer.optimizer.state_dict()["state"].items():
         assert same(entry, state[number])
     assert (trainer.guard.returns, trainer.guard.rate, trainer.guard.skipped) == (1, 0.25, 3)
