@@ -27,13 +27,13 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml
 demo: $(VENV)/.installed-example
 	$(BIN)/python -m examples.yolo_world.demo $(ARGS)
 
-test: $(VENV)/.installed-example,test
+test: $(VENV)/.installed-example,commands,test
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-quick: $(VENV)/.installed-example,test
+quick: $(VENV)/.installed-example,commands,test
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
-check: $(VENV)/.installed-example,test,dev
+check: $(VENV)/.installed-example,commands,test,dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/mypy

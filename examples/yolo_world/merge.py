@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import convpeft
+from convpeft.chains import carries_chains
 from convpeft.integrations.ultralytics import fuse
 
 from .checkpoint import write_atomically
@@ -180,30 +181,34 @@ def run_onnx(path: Path, images: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
 
 
-def check_operators(base: collections.Counter[str], merged: collections.Counter[str], form: str) -> str:
+def check_operators(base: collections.Counter[str], merged: collections.Counter[str], *, chains: bool) -> str:
     """Return a sentence on the operators that the merged model has and the base has not.
 
     Args:
         base: operators of the base, with counts.
         merged: of the merged model.
-        form: ``single``, or another that may have added chains.
+        chains: whether the merge left chains of convolutions beside or after layers, which may add Conv and Add.
 
     Raises:
-        CheckError: if it has others than it may: more convolutions and additions, and those only where layers were factored.
+        CheckError: if the merged model has other operators than it may.
     """
     more, fewer = merged - base, base - merged
-    allowed = set() if form == "single" else {"Conv", "Add"}
-    if set(more) - allowed or fewer:
+    if set(more) - ({"Conv", "Add"} if chains else set()) or fewer:
         said = ", ".join([f"{n} {op} more" for op, n in more.items()] + [f"{n} {op} fewer" for op, n in fewer.items()])
         raise CheckError(
-            f"the merged model's operators are not the base's: {said}. The form '{form}' allows "
-            f"{'no difference' if form == 'single' else 'more Conv and Add'}."
+            f"the merged model's operators are not the base's: {said}. The merge left "
+            f"{'chains, which allow more Conv and Add' if chains else 'no chains, so there must be no difference'}."
         )
     if not more:
         return f"the same {sum(base.values())} operators as the base"
     return (
         f"the base's {sum(base.values())} operators and {', '.join(f'{n} {op}' for op, n in sorted(more.items()))} more"
     )
+
+
+def has_chains(model: nn.Module) -> bool:
+    """Return whether a merge left chains of convolutions in the model."""
+    return any(carries_chains(module) for module in model.modules())
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -266,7 +271,7 @@ def write_onnx(args: argparse.Namespace, bare: nn.Module, merged: nn.Module, bar
             f"{path} differs from the merged model by {found.pixels:.2e} pixels and {found.scores:.2e} in the scores; --tolerance "
             f"{args.tolerance:g} allows {args.tolerance * args.image_size:.2e} and {args.tolerance:.2e}."
         )
-    said = check_operators(base, operators, args.form)
+    said = check_operators(base, operators, chains=has_chains(merged))
     return {"difference": found, "operators": operators, "base_operators": base, "summary": said, "file": path}
 
 

@@ -49,7 +49,7 @@ from .common import (
 from .engine import CLIP_NORM
 from .evaluate import Scores, evaluate
 from .guard import GuardSettings
-from .model import copy_model
+from .model import copy_model, use_classes
 from .parallel import KINDS, full, shard
 from .report import plain, versions
 from .schedule import WARM_UP
@@ -289,6 +289,7 @@ def learn(
     """
     accelerator = session.accelerator
     sharded = args.parallel == "fsdp" and accelerator.num_processes > 1
+    use_classes(model, data.texts)
     name = adapt(model, args, data, spec, session)
     check_called(model, data, session)
     note = {
@@ -322,9 +323,11 @@ def learn(
     if session.is_main:
         trainer.writer = SummaryWriter(args.out / "tensorboard", purge_step=trainer.step + 1 if trainer.step else None)
         trainer.writer.add_text("groups", table)
-    curves = trainer.run(args.out / CHECKPOINT)
-    if trainer.writer is not None:
-        trainer.writer.close()
+    try:
+        curves = trainer.run(args.out / CHECKPOINT)
+    finally:
+        if trainer.writer is not None:
+            trainer.writer.close()
     log = run_log(args, data, trainer, groups, note, accelerator.num_processes)
     if session.is_main:
         write_log(args.out / "log.json", log)

@@ -80,11 +80,17 @@ def patterns_of(rule: dict[str, Any]) -> list[str]:
     return [rule["match"]] if isinstance(rule["match"], str) else list(rule["match"])
 
 
-def has_option(rule: dict[str, Any], option: str) -> bool:
-    """Return whether the rule's kind has an option of that name."""
+def width_option(rule: dict[str, Any]) -> str | None:
+    """Return which option sets the width of a rule's adapters: ``rank``, ``reduction``, or None.
+
+    A kind that has both goes by its reduction, unless the rule gives it a rank.
+    """
     if rule["kind"] == LEAVE:
-        return False
-    return option in {field.name for field in dataclasses.fields(adapter_class(rule["kind"]).Options)}
+        return None
+    options = {field.name for field in dataclasses.fields(adapter_class(rule["kind"]).Options)}
+    if "reduction" in options and rule.get("rank") is None:
+        return "reduction"
+    return "rank" if "rank" in options else None
 
 
 def make_space(args: argparse.Namespace, spec: convpeft.Spec) -> Space:
@@ -109,14 +115,14 @@ def make_space(args: argparse.Namespace, spec: convpeft.Spec) -> Space:
             "--positions, the others stay."
         )
     return Space(
-        tuple(args.ranks) if any(has_option(rule, "rank") for rule in rules) else (),
-        tuple(args.reductions) if any(has_option(rule, "reduction") for rule in rules) else (),
+        tuple(args.ranks) if "rank" in map(width_option, rules) else (),
+        tuple(args.reductions) if "reduction" in map(width_option, rules) else (),
         (args.lr_range[0], args.lr_range[1]), positions,
     )  # fmt: skip
 
 
 def vary(spec: convpeft.Spec, values: dict[str, Any], positions: Sequence[str]) -> convpeft.Spec:
-    """Return the spec with a trial's values: rank and reduction wherever a rule has them, and the positions it takes.
+    """Return the spec with a trial's values: rank or reduction in each rule that goes by it, and the positions it takes.
 
     Args:
         spec: to start from.
@@ -130,7 +136,8 @@ def vary(spec: convpeft.Spec, values: dict[str, Any], positions: Sequence[str]) 
         kept = [pattern for pattern in patterns_of(rule) if pattern not in dropped]
         if not any(not pattern.startswith("!") for pattern in kept):
             continue
-        own = {key: values[key] for key in ("rank", "reduction") if key in values and has_option(rule, key)}
+        option = width_option(rule)
+        own = {option: values[option]} if option in values else {}
         rules.append({**rule, "match": kept, **own})
     return convpeft.Spec.from_dict({**data, "rules": rules})
 
@@ -177,7 +184,9 @@ def retry() -> Any:
     import optuna
 
     new = getattr(optuna.storages, "RetryHeartbeatStaleTrialCallback", None)
-    return (new or optuna.storages.RetryFailedTrialCallback)()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is said to be experimental, since 2021
+        return (new or optuna.storages.RetryFailedTrialCallback)()
 
 
 def first_number(study: Any, number: int) -> int:
