@@ -56,7 +56,7 @@ def test_adapters_train_at_most_five_percent_and_their_files_are_small(results):
             assert 0 < row["share"] <= 0.05
             assert row["file_bytes"] < base["file_bytes"] / 10
         else:
-            assert row["share"] == 1
+            assert 0.9999 < row["share"] < 1  # all but the 16 fixed numbers of the head's DFL
 
 
 def test_swapping_files_on_a_fresh_base_gives_each_ones_boxes_bit_for_bit(results):

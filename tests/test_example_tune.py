@@ -97,7 +97,11 @@ def fake_training(folder, args, session, data, base, spec, *, title, lr, on_scor
     """Stand in for a training: as good as its learning rate is near 1e-3."""
     folder.mkdir(parents=True)  # two trials in one folder would fail here
     (folder / f"by-{os.getpid()}").touch()
-    time.sleep(0.05)
+    if folder.name == "0000" and args.trials == 9:  # the others must be able to begin meanwhile
+        limit = time.monotonic() + 60
+        while not (folder.parent / "0001").is_dir() and time.monotonic() < limit:
+            time.sleep(0.02)
+        (folder / "met").write_text(str((folder.parent / "0001").is_dir()))
     scores = SimpleNamespace(map50_95=1 - abs(lr - 1e-3), map50=0.5)
     return None, SimpleNamespace(curves=SimpleNamespace(scores=[(1, scores)]), trainable=7)
 
@@ -117,6 +121,7 @@ def test_processes_that_share_a_study_run_exactly_its_trials(place, tmp_path, mo
     assert sorted(trial["number"] for trial in results["trials"]) == list(range(9))
     assert {trial["state"] for trial in results["trials"]} == {"complete"}
     assert len({path.name for path in tmp_path.glob("trials/*/by-*")}) > 1
+    assert (tmp_path / "trials" / "0000" / "met").read_text() == "True"
     rates = [trial["lr"] for trial in results["trials"]]
     assert len(set(rates)) == 9
     best = min(results["trials"], key=lambda trial: abs(trial["lr"] - 1e-3))

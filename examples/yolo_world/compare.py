@@ -43,7 +43,7 @@ from .common import (
 from .engine import all_parameter_groups
 from .evaluate import Scores, evaluate
 from .guard import GuardSettings
-from .model import copy_model, count_parameters
+from .model import copy_model, count_parameters, unfreeze_all
 from .report import plain, readable_size, versions
 from .series import asked_for, needs_one_process, note_lines, parse_series, same_series, train_in
 from .train import CHECKPOINT, settings_of
@@ -175,8 +175,7 @@ def full_row(args: argparse.Namespace, session: Session, data: Data, base: Any) 
     """Fine-tune every parameter of a copy of the base (but the head's fixed sum), without convpeft, and return the row."""
     folder = args.out / "rows" / FULL
     folder.mkdir(parents=True, exist_ok=True)
-    model: Any = copy_model(base).requires_grad_(True)
-    model.model[-1].dfl.requires_grad_(False)  # the numbers 0 to 15: a fixed sum, written as a convolution
+    model = unfreeze_all(copy_model(base))
     groups = all_parameter_groups(model, lr=args.full_lr, weight_decay=args.weight_decay)
     trainable, total = count_parameters(model)
     file = folder / "last.safetensors"

@@ -27,7 +27,7 @@ from .base import Base, generated_data, get_base
 from .engine import History, Settings, all_parameter_groups, make_accelerator, train
 from .evaluate import Scores, evaluate, predict, score
 from .generate import DEFECTS
-from .model import WeightsError, copy_model, count_parameters, prepare_ultralytics
+from .model import WeightsError, copy_model, count_parameters, prepare_ultralytics, unfreeze_all
 from .mvtec import DataError, DefectImages, list_categories, read_category
 from .pictures import save_comparison, save_curves
 from .proofs import MergeProof, SwapProof, Task, predict_all, show_merge, show_swap
@@ -134,7 +134,7 @@ class Demo:
 
     def train_full(self, base: nn.Module, task: Task, tasks: Sequence[Task]) -> None:
         """Fine-tune a copy of the base with every parameter, for the same number of steps, and add its row."""
-        model = copy_model(base).requires_grad_(True)
+        model = unfreeze_all(copy_model(base))
         groups = all_parameter_groups(model, lr=self.options.full_lr, weight_decay=self.options.weight_decay)
         trainable, total = count_parameters(model)
         history = self.learn(model, groups, task, f"full {task.name}", adapter=False)
@@ -158,7 +158,7 @@ class Demo:
         tasks, texts = self.read_data()
         self.close_phase("data")
         base = get_base(options, texts, self.accelerator, self.writer, self.say)
-        bare = base.model.requires_grad_(True)
+        bare = unfreeze_all(base.model)
         self.close_phase("base")
         self.say(f"base: {base.source}")
         if base.own is not None:

@@ -144,7 +144,7 @@ def sum_unfrozen(root: nn.Module, coefficients: Mapping[str, float]) -> None:
                 continue
             start = value.double()
             deltas = [w * (tensors[n][tensor].double() - start) for n, w in coefficients.items() if n in tensors]
-            pass
+            value.copy_(start + sum(deltas))
         for name in coefficients:
             if name in tensors:
                 hosting.remove_owner(module_at(root, key), name)
@@ -230,7 +230,7 @@ def fuse_boxes(found: Sequence[Tensor], weights: Sequence[float], size: int, fus
     try:
         from ensemble_boxes import weighted_boxes_fusion
     except ImportError as error:
-        raise CommandError("box fusion needs ensemble-boxes: pip install 'convpeft[ensemble]'.") from error
+        raise CommandError("box fusion needs ensemble-boxes: pip install 'convpeft[commands]'.") from error
     boxes, scores, labels = weighted_boxes_fusion(
         [(each[:, :4].double() / size).clamp(0, 1).tolist() for each in found],
         [each[:, 4].tolist() for each in found],

@@ -13,6 +13,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import inspect
 import io
 import logging
 import math
@@ -139,13 +140,15 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path) -> collections.Cou
     The classes are those the model was told last (``use_classes``); their features are constants of the file.
 
     Raises:
-        CommandError: if the packages for it are missing.
+        CommandError: if the packages for it are missing, or torch is too old.
     """
     try:
         import onnx
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
-        raise CommandError(f"--onnx needs {error.name}: pip install 'convpeft[export]'.") from error
+        raise CommandError(f"--onnx needs {error.name}: pip install 'convpeft[commands]'.") from error
+    if "optimize" not in inspect.signature(torch.onnx.export).parameters:
+        raise CommandError(f"--onnx needs torch 2.6 or newer, and this is {torch.__version__}.")
     raw_output(model, images)  # the head lays out its grid for this size, which makes it a constant
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -173,7 +176,7 @@ def run_onnx(path: Path, images: Tensor) -> Tensor:
     try:
         import onnxruntime
     except ImportError as error:
-        raise CommandError("--onnx needs onnxruntime: pip install 'convpeft[export]'.") from error
+        raise CommandError("--onnx needs onnxruntime: pip install 'convpeft[commands]'.") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()

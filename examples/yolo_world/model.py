@@ -89,7 +89,14 @@ def load_world_model(path: Path) -> nn.Module:
         raise WeightsError(f"{path} holds {type(model).__name__}, not a YOLO-World model such as yolov8s-worldv2.pt.")
     model = model.float()
     model.args = loss_gains()
-    return model.requires_grad_(True)
+    return unfreeze_all(model)
+
+
+def unfreeze_all(model: nn.Module) -> nn.Module:
+    """Let every parameter train but the head's DFL: its numbers 0 to 15 are a fixed sum, written as a convolution."""
+    detector: Any = model.requires_grad_(True)
+    detector.model[-1].dfl.requires_grad_(False)
+    return model
 
 
 def use_classes(model: nn.Module, texts: Tensor) -> nn.Module:

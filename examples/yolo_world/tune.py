@@ -151,7 +151,7 @@ def open_study(args: argparse.Namespace) -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise CommandError("tune needs optuna: pip install 'convpeft[tune]'.") from error
+        raise CommandError("tune needs optuna: pip install 'convpeft[commands]'.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the heartbeat is said to be experimental
