@@ -15,6 +15,7 @@ import sys
 import types
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -122,6 +123,8 @@ def test_every_name_in_the_docs_exists(page):
         first, *rest = "".join(dotted).strip(".").split(".")
         found = getattr(convpeft, first, None) or importlib.import_module(f"convpeft.{first}")
         for name in rest:
+            if isinstance(found, ModuleType) and not hasattr(found, name):
+                importlib.import_module(f"{found.__name__}.{name}")
             assert hasattr(found, name), f"convpeft.{first}.{'.'.join(rest)}"
             found = getattr(found, name)
 
