@@ -224,7 +224,7 @@ def save_plot(path: Path, base: Scores, rows: Sequence[Row]) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5))
+    figure, axes = plt.subplots(1, 2, figsize=(15, 5.5), layout="constrained")
     markers = {FULL: "*", HEAD: "s"}
     for each, key, title in zip(axes, ("map50", "map50_95"), ("mAP50", "mAP50-95"), strict=True):
         for number, row in enumerate(rows):
@@ -237,8 +237,7 @@ def save_plot(path: Path, base: Scores, rows: Sequence[Row]) -> None:
         each.xaxis.set_major_formatter(EngFormatter(sep=""))
         each.xaxis.set_minor_formatter(NullFormatter())
         each.grid(alpha=0.3)
-    axes[0].legend(fontsize=7, loc="best")
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
