@@ -29,12 +29,13 @@ ROOT = Path(__file__).parent.parent
 NAMES = ("ddp", "ddp-accumulated", "ddp-poisoned", "fsdp")
 
 
-def torchrun(*command: str) -> None:
-    """Run a module in two processes, from the repository's root to its end; what it printed is in the failure."""
+def torchrun(*command: str) -> str:
+    """Run a module in two processes, from the repository's root to its end, and return what it printed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     done = subprocess.run([*start, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +128,6 @@ def test_the_command_runs_under_torchrun(folder):
     common += [
         "--image-size",
         64,
-        "--device",
-        "cpu",
         "--threads",
         1,
         "--steps",
@@ -138,7 +137,8 @@ def test_the_command_runs_under_torchrun(folder):
         "--batch-size",
         1,
     ]
-    torchrun(*map(str, [*common, "--out", folder / "torchrun"]))
+    said = torchrun(*map(str, [*common, "--out", folder / "torchrun"]))
+    assert said.count("best mAP50-95") == 1, "one process speaks"
     log = json.loads((folder / "torchrun" / "log.json").read_text(encoding="utf-8"))
     assert log["processes"] == 2
     assert len(log["losses"]) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -68,14 +69,25 @@ def make_accelerator(device: str, precision: str, accumulation: int) -> Accelera
         device: ``cpu``, or ``auto`` for what accelerate finds.
         precision: ``no``, ``bf16`` or ``fp16``.
         accumulation: forward passes per optimizer step.
+
+    Raises:
+        RuntimeError: if several processes were launched and accelerate does not join them: each would train alone.
     """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and not torch.cuda.is_available():
+        device = "cpu"  # accelerate joins processes on the CPU only if it is told to use it
     waiting = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # others wait while the first one evaluates
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=precision,
         gradient_accumulation_steps=accumulation,
         kwargs_handlers=[waiting],
     )
+    if accelerator.num_processes != launched:
+        raise RuntimeError(
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes} on {accelerator.device}"
+        )
+    return accelerator
 
 
 def endless(loader: DataLoader[Any]) -> Iterator[Batch]:
