@@ -145,3 +145,12 @@ def test_the_command_runs_under_torchrun(folder):
     model = build_world_model("n")
     convpeft.load_adapter(model, folder / "torchrun" / "last.safetensors")
     assert (folder / "torchrun" / "checkpoint.safetensors").is_file()
+
+
+def test_one_process_trains_a_missing_base_while_the_others_wait(tmp_path):
+    small = ["--image-size", 64, "--images", 2, "--base-steps", 2, "--batch-size", 1, "--steps", 1, "--evaluations", 1]
+    command = ["examples.yolo_world.train", *small, "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
+    said = torchrun(*map(str, command))
+    assert said.count("one process trains it") == 1
+    assert len(list((tmp_path / "cache").glob("base-n-*.pt"))) == 1
+    assert json.loads((tmp_path / "run" / "log.json").read_text(encoding="utf-8"))["processes"] == 2

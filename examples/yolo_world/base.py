@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +15,26 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from .engine import Settings, all_parameter_groups, train
+from .engine import Settings, all_parameter_groups, make_accelerator, train
 from .evaluate import Scores, evaluate
 from .generate import DEFECTS, drawing_version, generate
-from .model import build_world_model, load_world_model, use_classes
+from .model import WeightsError, build_world_model, load_world_model, prepare_ultralytics, use_classes
 from .mvtec import DefectImages, read_category
 from .settings import Options
 from .texts import TextFeatures
+
+LAUNCHED = (
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "ACCELERATE_",
+    "OMP_NUM_THREADS",
+)
+"""What launchers set, by how the names begin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +87,30 @@ def cached_base(options: Options, texts: TextFeatures) -> Path:
 def is_cached(options: Options, texts: TextFeatures) -> bool:
     """Return whether ``get_base`` would only have to read a file."""
     return options.weights is not None or cached_base(options, texts).is_file()
+
+
+def fill_cache(options: Options, texts: TextFeatures) -> None:
+    """Train the base and put it into the cache, in a process of its own that belongs to no group of processes.
+
+    Raises:
+        WeightsError: if that process fails; what went wrong is on the screen.
+    """
+    launched = {name: value for name, value in os.environ.items() if name.startswith(LAUNCHED)}
+    for name in launched:
+        del os.environ[name]
+    try:
+        alone = multiprocessing.get_context("spawn").Process(target=_fill_cache, args=(options, texts))
+        alone.start()
+    finally:
+        os.environ.update(launched)
+    alone.join()
+    if alone.exitcode:
+        raise WeightsError("the base could not be trained; see above. Run the same command in one process.")
+
+
+def _fill_cache(options: Options, texts: TextFeatures) -> None:
+    prepare_ultralytics()
+    get_base(options, texts, make_accelerator(options.device, options.precision, options.accumulation), None, print)
 
 
 def get_base(

@@ -33,7 +33,7 @@ from torch.utils.tensorboard import SummaryWriter
 import convpeft
 
 from .augment import augmentation_of
-from .base import Base, generated_data, get_base, is_cached
+from .base import Base, fill_cache, generated_data, get_base, is_cached
 from .checkpoint import CheckpointError
 from .datasets import SPLITS, open_dataset
 from .engine import make_accelerator
@@ -257,14 +257,14 @@ def load_base(args: argparse.Namespace, features: TextFeatures, session: Session
     """Return the frozen base: from ``--weights``, else from the cache, else trained now and put into the cache.
 
     Raises:
-        WeightsError: if the weights cannot be read, or several processes would have to train the base.
+        WeightsError: if the weights cannot be read, or the base cannot be trained.
     """
     options = demo_options(args)
-    if session.accelerator.num_processes > 1 and not is_cached(options, features):
-        raise WeightsError(
-            f"no base for these options is in {args.cache}, and {session.accelerator.num_processes} processes cannot train "
-            "it together. Run the same command once in one process, or give --weights."
-        )
+    if session.accelerator.num_processes > 1:
+        if session.accelerator.is_local_main_process and not is_cached(options, features):
+            session.say("there is no base for these options in the cache: one process trains it, the others wait")
+            fill_cache(options, features)
+        session.accelerator.wait_for_everyone()
     log_folder = (session.out or args.cache) / "tensorboard_base"
     writer = None if is_cached(options, features) else SummaryWriter(log_folder)
     base = get_base(options, features, session.accelerator, writer, session.say)
