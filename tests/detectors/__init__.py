@@ -1,0 +1,1 @@
+"""Real detectors and backbones, each built offline and taken through one contract."""
