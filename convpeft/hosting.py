@@ -18,7 +18,7 @@ from .errors import HostError
 SLOT = "convpeft"
 STASH = "_stash"
 BASE = "_base"
-FUSING_METHODS = ("fuse", "fuse_convs", "reparameterize", "switch_to_deploy")
+FUSING_METHODS = ("fuse", "fuse_convs", "reparameterize", "switch_to_deploy", "convert_to_deploy", "deploy")
 
 
 class Host(NamedTuple):

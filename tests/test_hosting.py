@@ -334,7 +334,9 @@ class TestHooks:
             handle.remove()
         assert len(layer._forward_hooks) == 0
 
-    @pytest.mark.parametrize("method", hosting.FUSING_METHODS)
+    @pytest.mark.parametrize(
+        "method", ["fuse", "fuse_convs", "reparameterize", "switch_to_deploy", "convert_to_deploy", "deploy"]
+    )
     def test_fusing_an_adapted_model_is_refused(self, method):
         class Fusing(nn.Sequential):
             pass
