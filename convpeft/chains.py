@@ -70,7 +70,7 @@ def add_beside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             f"this {hosting.base_class(module).__name__} was fused with a norm after a factored merge, which left its "
             "chain behind. Merge with convpeft.merge(model, form='single') before fuse(), or do not fuse."
         )
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
     for chain in chains:
         output = output + chain(x)
     return output

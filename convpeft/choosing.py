@@ -9,7 +9,7 @@ from torch import nn
 
 from .adapters.base import Place
 from .errors import PatternError, SpecError, closest, shortened
-from .geometry import ConvGeometry
+from .geometry import PLAIN_HOSTS, ConvGeometry
 from .hosting import base_class, base_modules
 from .matching import is_literal, matches
 from .registry import LEAVE, adapter_class
@@ -19,7 +19,6 @@ _READS_WEIGHTS = {  # parents that read a child's weight themselves, past any ad
     nn.MultiheadAttention: ("out_proj",),
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
 }
-PLAIN_HOSTS = (nn.Conv2d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -147,11 +146,12 @@ class Choice:
 
     def _served(self, rule: Rule, literal: bool, matched: list[Candidate]) -> list[tuple[Candidate, Place]]:
         """Return the modules the rule's kind can serve, with the place on each."""
-        places = (rule.place,) if rule.place else adapter_class(rule.kind).places
+        kind = adapter_class(rule.kind)
+        places = (rule.place,) if rule.place else kind.places
         served: list[tuple[Candidate, Place]] = []
         for candidate in matched:
             module = candidate.module
-            if "parallel" in places and isinstance(module, PLAIN_HOSTS):
+            if "parallel" in places and isinstance(module, kind.hosts):
                 served.append((candidate, "parallel"))
             elif "output" in places and _has_output(module):
                 block = next(module.children(), None) is not None or isinstance(module, nn.Identity)
@@ -162,10 +162,11 @@ class Choice:
     def _cannot_serve(self, label: str, written: str, rule: Rule, matched: list[Candidate]) -> PatternError:
         classes = sorted({base_class(candidate.module).__name__ for candidate in matched})
         places = adapter_class(rule.kind).places
+        *hosts, last = (host.__name__ for host in adapter_class(rule.kind).hosts)
         serves = (
             "the outputs of modules that are called"
             if places == ("output",) or rule.place == "output"
-            else "Conv2d and Linear layers"
+            else f"{', '.join(hosts)} and {last} layers"
         )
         hint = (
             " For adapters on the output of these modules say place: output."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from .errors import GeometryError
 
 Pair = tuple[int, int]
 Sides = tuple[int, int, int, int]  # top, bottom, left, right
+PLAIN_HOSTS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+# files from before these fields were there lack them, as those of other layers still do
+LATER_FIELDS = ("transposed", "output_padding")
 _FLIP = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 
@@ -20,13 +24,18 @@ _FLIP = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "c
 class ConvGeometry:
     """Everything about a 2-d convolution but its numbers.
 
-    A ``Linear`` is the 1x1 convolution over the last axis (``linear=True``), so one description serves both.
+    A ``Linear`` is the 1x1 convolution over the last axis (``linear=True``), so one description serves both. A transposed
+    convolution (``transposed=True``) spreads each input pixel over the output. Kernels have one layout for all three,
+    ``(out, in_per_group, kh, kw)``; ``as_kernel`` and ``as_weight`` go from a layer's own weight to it and back.
 
     Attributes:
-        padding: pixels added at the top, bottom, left and right; negative crops.
+        padding: pixels added at the top, bottom, left and right; negative crops. Transposed, it is the other way
+            round and about the output: that many pixels are cropped there; negative adds zeros.
         dynamic_kernel: ``None``, or the kernel size from which TensorFlow's ``same`` padding is worked out anew
             for each input size; ``padding`` then comes on top of it.
         linear: the layer is a ``Linear``: channels are the last axis.
+        transposed: the layer is a ``ConvTranspose2d``.
+        output_padding: of a transposed convolution: further pixels at the bottom and right of the output.
     """
 
     in_channels: int
@@ -39,18 +48,20 @@ class ConvGeometry:
     padding_mode: str = "zeros"
     dynamic_kernel: Pair | None = None
     linear: bool = False
+    transposed: bool = False
+    output_padding: Pair = (0, 0)
 
     @classmethod
     def of(cls, layer: nn.Module) -> ConvGeometry:
-        """Return the geometry of a ``Conv2d`` or ``Linear`` (subclasses included).
+        """Return the geometry of a ``Conv2d``, ``ConvTranspose2d`` or ``Linear`` (subclasses included).
 
         Raises:
             GeometryError: for any other module.
         """
         if isinstance(layer, nn.Linear):
             return cls(layer.in_features, layer.out_features, linear=True)
-        if not isinstance(layer, nn.Conv2d):
-            raise GeometryError(f"{type(layer).__name__} is neither Conv2d nor Linear")
+        if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            raise GeometryError(f"{type(layer).__name__} is no Conv2d, ConvTranspose2d or Linear")
         kernel, dilation = _pair(layer.kernel_size), _pair(layer.dilation)
         dynamic = is_tf_same(layer)
         return cls(
@@ -63,6 +74,8 @@ class ConvGeometry:
             layer.groups,
             layer.padding_mode,
             kernel if dynamic else None,
+            transposed=layer.transposed,
+            output_padding=_pair(layer.output_padding),
         )
 
     @property
@@ -77,18 +90,34 @@ class ConvGeometry:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether the layer mixes channels only: 1x1, stride 1, no padding."""
+        """Whether the layer mixes channels only: 1x1, stride 1, no padding, not transposed."""
         plain = self.kernel_size == (1, 1) and self.stride == (1, 1) and not any(self.padding)
-        return plain and self.dynamic_kernel is None
+        return plain and self.dynamic_kernel is None and not self.transposed
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates for one output position, all output channels."""
-        return self.out_channels * self.in_per_group * self.kernel_size[0] * self.kernel_size[1]
+        """Multiply-accumulates for one output position, all output channels; transposed, the mean, rounded up."""
+        taps = self.out_channels * self.in_per_group * self.kernel_size[0] * self.kernel_size[1]
+        return -(-taps // (self.stride[0] * self.stride[1])) if self.transposed else taps
 
     def weight_shape(self) -> tuple[int, int, int, int]:
-        """Return the shape of a weight of this geometry, ``(out, in_per_group, kh, kw)``."""
+        """Return the shape of a kernel of this geometry, ``(out, in_per_group, kh, kw)``."""
         return (self.out_channels, self.in_per_group, *self.kernel_size)
+
+    def as_kernel(self, weight: Tensor) -> Tensor:
+        """Return a layer's own weight as a kernel of shape ``weight_shape()``.
+
+        Args:
+            weight: as the layer keeps it: ``(out, in)`` for a ``Linear``, ``(in, out_per_group, kh, kw)`` for a
+                ``ConvTranspose2d``.
+        """
+        return _swapped(weight, self.groups) if self.transposed else weight.reshape(self.weight_shape())
+
+    def as_weight(self, kernel: Tensor) -> Tensor:
+        """Return a kernel of shape ``weight_shape()`` as a layer keeps it: the inverse of ``as_kernel``."""
+        if self.transposed:
+            return _swapped(kernel, self.groups)
+        return kernel.flatten(1) if self.linear else kernel
 
     def with_channels(self, in_channels: int, out_channels: int, groups: int | None = None) -> ConvGeometry:
         """Return the same geometry between other channels."""
@@ -103,7 +132,7 @@ class ConvGeometry:
         """Return the geometry of another kernel size, centred on the same pixels: same output size.
 
         The padding grows (or shrinks, or crops) by the taps added on each side. When the sizes differ by an odd
-        number of taps the extra one goes to the bottom and right.
+        number of taps the extra one goes to the bottom and right. (Transposed, the same of the output's pixels.)
         """
         before = [(new - old) // 2 for new, old in zip(kernel_size, self.kernel_size, strict=True)]
         after = [new - old - first for new, old, first in zip(kernel_size, self.kernel_size, before, strict=True)]
@@ -150,14 +179,19 @@ class ConvGeometry:
         top, bottom, left, right = self.padding
         return (top + th, bottom + bh, left + lw, right + rw)
 
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, output_size: Sequence[int] | None = None
+    ) -> Tensor:
         """Return the convolution of ``x`` with ``weight``, every field of the geometry honoured.
 
         Args:
             x: ``(N, in, H, W)`` or ``(in, H, W)``; for a linear geometry ``(..., in)``.
             weight: shape ``weight_shape()``.
             bias: shape ``(out,)`` or None.
+            output_size: height and width of the output of a transposed convolution; unset, as ``output_padding`` says.
         """
+        if self.transposed:
+            return self._spread(x, weight, bias, output_size)
         if self.linear:
             return F.linear(x, weight.flatten(1), bias)
         top, bottom, left, right = self.amounts(x.shape[-2], x.shape[-1])
@@ -165,6 +199,27 @@ class ConvGeometry:
             return F.conv2d(x, weight, bias, self.stride, (top, left), self.dilation, self.groups)
         x = _pad(x, (top, bottom, left, right), self.padding_mode)
         return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    def _spread(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Sequence[int] | None) -> Tensor:
+        """Return the transposed convolution. Beyond the last tap of the last pixel the output is zero, but for the bias."""
+        weight, (top, bottom, left, right) = self.as_weight(weight), self.padding
+        extra = self.output_padding if output_size is None else self._extra(x, output_size)
+        if top == bottom >= 0 and left == right >= 0:
+            return F.conv_transpose2d(x, weight, bias, self.stride, (top, left), extra, self.groups, self.dilation)
+        whole = F.conv_transpose2d(x, weight, None, self.stride, 0, 0, self.groups, self.dilation)
+        y = _pad(whole, (-top, extra[0] - bottom, -left, extra[1] - right), "zeros")
+        return y if bias is None else y + bias.view(-1, 1, 1)
+
+    def _extra(self, x: Tensor, output_size: Sequence[int]) -> Pair:
+        """Return by how many rows and columns an output exceeds the one without any ``output_padding``."""
+        top, bottom, left, right = self.padding
+        least = [
+            (pixels - 1) * stride + (taps - 1) * dilation + 1 - cropped
+            for pixels, stride, taps, dilation, cropped in zip(
+                x.shape[-2:], self.stride, self.kernel_size, self.dilation, (top + bottom, left + right), strict=True
+            )
+        ]
+        return (output_size[0] - least[0], output_size[1] - least[1])
 
     def sample(self, x: Tensor) -> Tensor:
         """Return the pixels a 1x1 kernel of this geometry looks at: padded or cropped, then every stride-th one."""
@@ -174,16 +229,17 @@ class ConvGeometry:
         return x[..., :: self.stride[0], :: self.stride[1]]
 
     def imprint(self, layer: nn.Module) -> None:
-        """Write this geometry onto a ``Conv2d`` in place (its weight is the caller's to set).
+        """Write this geometry onto a ``Conv2d`` or ``ConvTranspose2d`` in place (its weight is the caller's to set).
 
         Raises:
-            GeometryError: if ``Conv2d`` cannot express it (uneven or negative padding).
+            GeometryError: if the layer cannot express it (uneven or negative padding).
         """
         if self.linear:
             return
-        assert isinstance(layer, nn.Conv2d)
+        assert isinstance(layer, nn.ConvTranspose2d if self.transposed else nn.Conv2d)
         layer.in_channels, layer.out_channels, layer.groups = self.in_channels, self.out_channels, self.groups
         layer.kernel_size, layer.stride, layer.dilation = self.kernel_size, self.stride, self.dilation
+        layer.output_padding = self.output_padding
         if self.dynamic_kernel is not None:
             return
         top, bottom, left, right = self.padding
@@ -196,7 +252,7 @@ class ConvGeometry:
         layer.padding = (top, left)
 
     def build(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        """Return a plain ``Conv2d`` or ``Linear`` of this geometry that holds ``weight`` and ``bias``.
+        """Return a plain ``Conv2d``, ``ConvTranspose2d`` or ``Linear`` of this geometry that holds ``weight`` and ``bias``.
 
         Args:
             weight: shape ``weight_shape()``; the layer takes its dtype and device.
@@ -206,30 +262,35 @@ class ConvGeometry:
         uneven = self.padding[::2] != self.padding[1::2] and self.stride == (1, 1)  # only 'same' can say that
         if self.linear:
             layer: Any = nn.Linear(self.in_channels, self.out_channels, has_bias, device="meta")
-            weight = weight.flatten(1)
         else:
-            layer = nn.Conv2d(
+            plain: Any = nn.ConvTranspose2d if self.transposed else nn.Conv2d
+            layer = plain(
                 self.in_channels,
                 self.out_channels,
                 self.kernel_size,
                 padding="same" if uneven else 0,
                 groups=self.groups,
                 bias=has_bias,
-                padding_mode=self.padding_mode,  # type: ignore[arg-type]
+                padding_mode=self.padding_mode,
                 device="meta",
             )
             self.imprint(layer)
-        layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        layer.weight = nn.Parameter(self.as_weight(weight).detach().clone(), requires_grad=False)
         layer.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         return layer
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data for an adapter file."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Return the fields as plain data for an adapter file; later ones only where they say something."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+            if key not in LATER_FIELDS or value != defaults[key]
+        }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ConvGeometry:
-        """Return the geometry that ``to_dict`` wrote."""
+        """Return the geometry that ``to_dict`` wrote, here or in an earlier version."""
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
         }
@@ -243,12 +304,19 @@ class ConvGeometry:
             "" if self.stride == (1, 1) else f" s{self.stride[0]}" if len(set(self.stride)) == 1 else f" s{self.stride}"
         )
         groups = "" if self.groups == 1 else f" g{self.groups}"
-        return f"{self.in_channels}→{self.out_channels} {kernel}{stride}{groups}"
+        transposed = " transposed" if self.transposed else ""
+        return f"{self.in_channels}→{self.out_channels} {kernel}{stride}{groups}{transposed}"
 
 
 def is_tf_same(layer: nn.Module) -> bool:
     """Return whether the layer pads as TensorFlow's ``same`` does, anew for each input size (timm's Conv2dSame)."""
     return any(base.__name__ == "Conv2dSame" and base.__module__.startswith("timm.") for base in type(layer).__mro__)
+
+
+def _swapped(weight: Tensor, groups: int) -> Tensor:
+    """Return a weight with the channels of its two first axes exchanged in each group."""
+    grouped = weight.unflatten(0, (groups, -1))
+    return grouped.transpose(1, 2).flatten(0, 1)
 
 
 def _pair(value: Any) -> Pair:

@@ -109,7 +109,8 @@ class Adapted:
         for name in slots.active:
             adapter = slots._modules[name]
             if adapter.site.place == "parallel":
-                output = output + update(self, adapter, args[0] if args else next(iter(kwargs.values())), own)  # type: ignore[arg-type]
+                x = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
+                output = output + update(self, adapter, x, own)  # type: ignore[arg-type]
             else:
                 output = add_to_entry(own, output, slots.outputs.get(name), adapter)
         return output
@@ -190,6 +191,8 @@ def update(layer: nn.Module, adapter: nn.Module, x: Tensor, own: Tensor) -> Tens
     """
     if adapter.reads_host:
         return adapter(x, Host(layer.weight, layer.bias, own))  # type: ignore[arg-type]
+    if adapter.site.geometry.transposed:  # type: ignore[union-attr]  # its caller may have asked for an output size
+        return adapter(x, output_size=own.shape[-2:])
     return adapter(x)
 
 

@@ -14,7 +14,7 @@ from . import hosting
 from .adapters.base import Adapter, exact
 from .chains import set_bias
 from .errors import GeometryError, MergeError, ShapeMismatch
-from .geometry import ConvGeometry, random_input
+from .geometry import PLAIN_HOSTS, ConvGeometry, random_input
 from .kernels import Chain, ConvKernel, add_kernels, compose, embed_on_grid
 
 Form = Literal["absorbed", "single", "factored", "kept"]
@@ -96,7 +96,7 @@ def solve(job: Job, form: str) -> Merged:
     kernels = [step for chain in (*beside, *after) for step in chain]
     if not all(_is_finite(kernel) for kernel in kernels):
         return refused.kept("an adapter has non-finite weights")
-    if host is None and isinstance(job.target, (nn.Conv2d, nn.Linear)):
+    if host is None and isinstance(job.target, PLAIN_HOSTS):
         return refused.kept(_COMPUTED)
     if host is not None and not _is_finite(host):
         return refused.kept(_NOT_FINITE)
@@ -118,11 +118,11 @@ def _chain_beside(adapter: Adapter, host: ConvKernel | None) -> Chain:
 
 
 def host_kernel(layer: nn.Module) -> ConvKernel | None:
-    """Return a Conv2d's or Linear's own kernel in float64, or None for other modules and computed weights."""
-    if not isinstance(layer, (nn.Conv2d, nn.Linear)) or layer._parameters.get("weight") is None:
+    """Return a convolution's or Linear's own kernel in float64, or None for other modules and computed weights."""
+    if not isinstance(layer, PLAIN_HOSTS) or layer._parameters.get("weight") is None:
         return None
     geometry = ConvGeometry.of(layer)
-    weight = exact(layer.weight).reshape(geometry.weight_shape())
+    weight = geometry.as_kernel(exact(layer.weight))
     return ConvKernel(weight, None if layer.bias is None else exact(layer.bias), geometry)
 
 
@@ -232,8 +232,7 @@ def merged_layer(layer: nn.Module, kernel: ConvKernel) -> nn.Module:
     """Return a plain copy of a layer, of its own class, that holds ``kernel`` in float64 on the CPU."""
     plain = plain_copy(layer)
     kernel.geometry.imprint(plain)
-    weight = kernel.weight.cpu()
-    plain.weight = nn.Parameter(weight.flatten(1) if kernel.geometry.linear else weight, requires_grad=False)
+    plain.weight = nn.Parameter(kernel.geometry.as_weight(kernel.weight.cpu()), requires_grad=False)
     if kernel.bias is not None:
         set_bias(plain, nn.Parameter(kernel.bias.cpu(), requires_grad=False))
     return plain

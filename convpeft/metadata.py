@@ -14,7 +14,7 @@ from typing import Any
 from .adapters.base import _fits as fits
 from .errors import AdapterFileError, SpecError
 from .fingerprints import ALGORITHM
-from .geometry import ConvGeometry, output_geometry
+from .geometry import LATER_FIELDS, ConvGeometry, output_geometry
 from .spec import NORMS, Spec
 from .state import LayerRecord
 
@@ -130,11 +130,11 @@ def _layer_problems(layer: Any, most: int) -> Iterator[str]:
 
 def _geometry_problems(fields: Any, place: str) -> Iterator[str]:
     hints = typing.get_type_hints(ConvGeometry)
-    if not isinstance(fields, dict) or set(fields) != set(hints):
+    if not isinstance(fields, dict) or set(fields) | set(LATER_FIELDS) != set(hints):
         yield "its geometry is no geometry record"
         return
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    wrong = [key for key, hint in hints.items() if not fits(values[key], hint)]
+    wrong = [key for key, value in values.items() if not fits(value, hints[key])]
     if wrong or min(values["in_channels"], values["out_channels"]) < 1:
         yield f"its geometry has {', '.join(f'{key} {values[key]!r}' for key in wrong or ('in_channels', 'out_channels'))}"
     elif place == "output" and ConvGeometry(**values) != output_geometry(values["out_channels"], values["linear"]):

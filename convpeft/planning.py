@@ -10,9 +10,9 @@ from torch import nn
 
 from .adapters.base import Adapter, AdapterOptions, Place, Site, read_options
 from .chains import carries_chains
-from .choosing import PLAIN_HOSTS, Candidate, Choice
+from .choosing import Candidate, Choice
 from .errors import HostError, PatternError, SpecError, raise_problems, shortened
-from .geometry import ConvGeometry, output_geometry
+from .geometry import PLAIN_HOSTS, ConvGeometry, output_geometry
 from .hosting import BASE, SLOT, base_class, is_batchnorm_like, shown_tensors, slots_of
 from .probing import OutputShape, known_channels, probe_outputs, unlike_its_convolution, unreadable
 from .registry import adapter_class

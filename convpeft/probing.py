@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .geometry import ConvGeometry, random_input
+from .geometry import PLAIN_HOSTS, ConvGeometry, random_input
 from .hosting import base_class, device_and_dtype, located, restore, settle
 
 _IMAGE = (1, 3, 64, 64)
@@ -27,7 +27,7 @@ class OutputShape:
 
 def known_channels(module: nn.Module) -> OutputShape | None:
     """Return what the module itself, or its surely last layer, says of its output; None when nothing is sure."""
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         return OutputShape(module.out_channels, False)
     if isinstance(module, nn.Linear):
         return OutputShape(module.out_features, True)
@@ -145,7 +145,7 @@ def unreadable(layer: nn.Module) -> str | None:
     """
     if layer._parameters.get("weight") is None:
         return "it computes with the layer's weight, which is no plain parameter here (parametrised, weight-normed or pruned)"
-    if base_class(layer) in (nn.Conv2d, nn.Linear):
+    if base_class(layer) in PLAIN_HOSTS:
         return None
     geometry = ConvGeometry.of(layer)
     generator = torch.Generator().manual_seed(0)
@@ -155,8 +155,9 @@ def unreadable(layer: nn.Module) -> str | None:
     restore(plain)
     plain = plain.to(device="cpu", dtype=torch.float64).eval()
     with torch.no_grad():
+        weight: Any = plain.weight
         bias: Any = plain.bias
-        own, declared = plain(x), geometry.convolve(x, plain.weight.reshape(geometry.weight_shape()), bias)  # type: ignore[operator]
+        own, declared = plain(x), geometry.convolve(x, geometry.as_kernel(weight), bias)  # type: ignore[operator]
     difference, scale = float((own - declared).abs().max()), float(declared.abs().max())
     if difference <= 1e-9 * scale:
         return None

@@ -32,7 +32,7 @@ class Rule:
     Args:
         match: a glob over dotted module names, or a list of them; ``!`` excludes, ``@name`` is an alias.
         kind: a registered adapter kind, or ``"leave"`` (match, and give nothing).
-        place: ``"parallel"`` or ``"output"``; unset, the kind's own: beside Conv2d and Linear layers where it can,
+        place: ``"parallel"`` or ``"output"``; unset, the kind's own: beside the layers it serves where it can,
             on the output of blocks that are named exactly.
         only: class names; only modules of these classes (or their subclasses) match.
         where: further conditions: ``min_channels``, ``max_channels`` (of both sides), ``kernel_size``, ``groups``,

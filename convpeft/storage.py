@@ -21,7 +21,7 @@ from . import hosting
 from .adapters.base import Adapter, Site, read_options
 from .errors import AdapterFileError, BaseMismatch, ConvPeftError, StateError, shortened
 from .fingerprints import ALGORITHM, digest, fingerprint
-from .geometry import ConvGeometry
+from .geometry import PLAIN_HOSTS, ConvGeometry
 from .injection import Built, _check_name, copied_base, install
 from .metadata import FORMAT, VERSION, AdapterFile, parse, seal
 from .probing import known_channels, probe_outputs
@@ -207,7 +207,7 @@ def _check_layers(root: nn.Module, file: AdapterFile, path: Path, probing: bool)
         saved = ConvGeometry.from_dict(record.geometry)
         shape = known_channels(module) if record.output is None else None
         if record.place == "parallel":
-            here = ConvGeometry.of(module) if isinstance(module, (nn.Conv2d, nn.Linear)) else None
+            here = ConvGeometry.of(module) if isinstance(module, PLAIN_HOSTS) else None
             if here != saved:
                 problems.append(f"{key}: {here or type(module).__name__} here, {saved} in the file")
         elif shape is None:
@@ -246,6 +246,9 @@ def _adapters(root: nn.Module, file: AdapterFile, path: Path, device: torch.devi
             kind = adapter_class(record.kind)
             if record.place not in kind.places:
                 raise AdapterFileError(f"kind {record.kind!r} has no place {record.place!r}")
+            host = module_at(root, key)
+            if record.place == "parallel" and not isinstance(host, kind.hosts):
+                raise AdapterFileError(f"kind {record.kind!r} serves no {hosting.base_class(host).__name__}")
             options, problems = read_options(kind, record.options)
             if problems:
                 raise problems[0]
@@ -254,12 +257,12 @@ def _adapters(root: nn.Module, file: AdapterFile, path: Path, device: torch.devi
             refusal = kind.refuses(site, options)
             if refusal:
                 raise AdapterFileError(refusal)
-            host_device, dtype = hosting.device_and_dtype([module_at(root, key), root])
+            host_device, dtype = hosting.device_and_dtype([host, root])
             with torch.device(device or host_device):
                 adapter = kind(site, options)
         except Exception as error:  # a kind from outside may raise anything
             raise AdapterFileError(f"{where}: {error}") from error
-        adapters[key] = adapter.to(dtype=dtype).train(hosting.wants_training(module_at(root, key)))
+        adapters[key] = adapter.to(dtype=dtype).train(hosting.wants_training(host))
     return adapters
 
 

@@ -84,7 +84,27 @@ LINEARS = [
     Case("linear", lambda: nn.Linear(4, 6), (3, 4)),
     Case("linear-tokens-no-bias", lambda: nn.Linear(4, 6, bias=False), (2, 5, 4)),
 ]
-LAYERS = CONVS + LINEARS
+
+
+def transposed(name: str, *arguments: Any, **options: Any) -> Case:
+    """Return a ConvTranspose2d case; 4 input channels, 6 output channels."""
+    return Case(f"transposed-{name}", lambda: nn.ConvTranspose2d(4, 6, *arguments, **options), (2, 4, 5, 4))
+
+
+TRANSPOSED = [
+    transposed("2x2-stride2", 2, stride=2),
+    transposed("3x3-stride2-output-padding", 3, stride=2, padding=1, output_padding=1),
+    transposed("3x2-stride2-1", (3, 2), stride=(2, 1), padding=(0, 1), bias=False),
+    transposed("stride-over-kernel", (1, 2), stride=(2, 3), output_padding=(1, 0)),
+    transposed("dilated", (2, 3), stride=(1, 3), dilation=(2, 1), padding=(1, 0), output_padding=(1, 2)),
+    transposed("groups2", 4, stride=2, padding=1, groups=2),
+    Case(
+        "transposed-depthwise-multiplier2",
+        lambda: nn.ConvTranspose2d(4, 8, 3, stride=2, output_padding=(0, 1), groups=4, bias=False),
+        (2, 4, 5, 4),
+    ),
+]
+LAYERS = CONVS + LINEARS + TRANSPOSED
 
 
 @dataclass(frozen=True)
@@ -108,6 +128,8 @@ class Variant:
         return adapter_class(self.kind).merge_refusal is None
 
     def serves(self, case: Case) -> bool:
+        if case in TRANSPOSED and self.kind != "lora":  # lora alone is parallel there; an output is like any other
+            return self.place == "output" and case is TRANSPOSED[0]
         return not (case in LINEARS and (self.kind in IMAGE_KINDS or self.options.get("norm") == "group"))
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from convpeft import ConvGeometry, GeometryError
 
-from .cases import CONVS, LAYERS, LINEARS, assert_relative, conv, named
+from .cases import CONVS, LAYERS, LINEARS, TRANSPOSED, assert_relative, conv, named
 from .references import convolution as reference
 
 SIZES = [(1, 1), (3, 3), (5, 7), (1, 3)]  # a centre needs odd sizes; the hosts are of any
@@ -20,7 +20,8 @@ def test_reference_and_geometry_agree_with_the_layer(case):
     with torch.no_grad():
         own = layer(x)
         geometry = ConvGeometry.of(layer)
-        weight = layer.weight.reshape(geometry.weight_shape())
+        weight = geometry.as_kernel(layer.weight)
+        assert torch.equal(geometry.as_weight(weight), layer.weight)
         assert_relative(reference.run(layer, x), own, 1e-14)
         assert_relative(geometry.convolve(x, weight, layer.bias), own, 1e-14)
 
@@ -33,6 +34,35 @@ def test_resized_kernels_stay_centred_on_the_same_pixels(case, size):
     weight = torch.randn(resized.weight_shape(), dtype=torch.float64)
     expected = reference.convolve(x, weight, None, layer.groups, reference.grid_of(layer, x).of_size(size))
     assert_relative(resized.convolve(x, weight), expected, 1e-14)
+
+
+@pytest.mark.parametrize("case", named(TRANSPOSED))
+def test_a_centre_tap_lands_on_the_pixels_of_the_whole_kernels_centre(case):
+    layer, x = case.build().double(), case.input()
+    geometry = ConvGeometry.of(layer).resized((1, 1))
+    weight, bias = torch.randn(geometry.weight_shape(), dtype=torch.float64), torch.randn(layer.out_channels).double()
+    expected = reference.spread(x, reference.turned(weight, layer.groups), bias, layer)
+    assert_relative(geometry.convolve(x, weight, bias), expected, 1e-14)
+
+
+@pytest.mark.parametrize("pointwise", [False, True])
+@pytest.mark.parametrize("case", named([case for case in TRANSPOSED if max(case.build().stride) > 1]))
+def test_an_output_size_may_be_asked_for(case, pointwise):
+    layer, x = case.build().double(), case.input()
+    geometry = ConvGeometry.of(layer)
+    weight = geometry.as_kernel(layer.weight.detach())
+    if pointwise:  # the same function, its other taps being zero
+        geometry, weight = geometry.resized((1, 1)), torch.zeros_like(weight)
+        centre = tuple(taps // 2 for taps in layer.kernel_size)
+        weight[..., centre[0], centre[1]] = torch.randn(weight.shape[:2], dtype=torch.float64)
+        layer.weight.data = ConvGeometry.of(layer).as_weight(weight)
+        weight = weight[..., centre[0], centre[1], None, None]
+    least = [size - extra for size, extra in zip(layer(x).shape[2:], layer.output_padding, strict=True)]
+    largest = [stride - 1 for stride in layer.stride]
+    for extra in ((0, 0), tuple(largest)):
+        size = [small + more for small, more in zip(least, extra, strict=True)]
+        with torch.no_grad():
+            assert_relative(geometry.convolve(x, weight, layer.bias, size), layer(x, size), 1e-14)
 
 
 @pytest.mark.parametrize("case", named(CONVS))
@@ -56,11 +86,13 @@ def test_covering_grows_evenly_and_holds_every_size(case):
     assert geometry.covering((1, 1)) == geometry
 
 
-@pytest.mark.parametrize("case", named([case for case in CONVS if not case.name.startswith("tf")]))
+@pytest.mark.parametrize("case", named([case for case in CONVS + TRANSPOSED if not case.name.startswith("tf")]))
 def test_build_makes_a_plain_layer_of_the_same_function(case):
     layer, x = case.build().double(), case.input()
-    built = ConvGeometry.of(layer).build(layer.weight, layer.bias)
-    assert type(built) is nn.Conv2d
+    geometry = ConvGeometry.of(layer)
+    built = geometry.build(geometry.as_kernel(layer.weight), layer.bias)
+    assert type(built) is (nn.ConvTranspose2d if geometry.transposed else nn.Conv2d)
+    assert ConvGeometry.of(built) == geometry
     assert torch.equal(built(x), layer(x))
 
 
@@ -79,13 +111,19 @@ def test_geometry_survives_plain_data(case):
     assert ConvGeometry.from_dict(geometry.to_dict()) == geometry
 
 
+def test_a_geometry_from_an_earlier_file_has_the_later_fields_defaults():
+    fields = ConvGeometry.of(nn.Conv2d(4, 6, 3, padding=1)).to_dict()
+    assert not {"transposed", "output_padding"} & set(fields)
+    assert ConvGeometry.from_dict(fields) == ConvGeometry.of(nn.Conv2d(4, 6, 3, padding=1))
+
+
 def test_unbatched_images_are_served():
     layer, x = conv("3x3", 3, padding=1, padding_mode="reflect").build().double(), torch.randn(4, 9, 8).double()
     assert torch.equal(ConvGeometry.of(layer).convolve(x, layer.weight, layer.bias), layer(x))
 
 
 def test_other_modules_have_no_geometry():
-    with pytest.raises(GeometryError, match="BatchNorm2d is neither Conv2d nor Linear"):
+    with pytest.raises(GeometryError, match="BatchNorm2d is no Conv2d, ConvTranspose2d or Linear"):
         ConvGeometry.of(nn.BatchNorm2d(3))
 
 
@@ -115,3 +153,8 @@ def test_padding_is_read_side_by_side(padding, expected):
 def test_geometry_reads_as_text():
     assert str(ConvGeometry.of(nn.Conv2d(4, 8, (1, 5), stride=(2, 1), groups=2))) == "4→8 1×5 s(2, 1) g2"
     assert str(ConvGeometry.of(nn.Linear(4, 8))) == "4→8"
+    assert str(ConvGeometry.of(nn.ConvTranspose2d(4, 8, 2, stride=2))) == "4→8 2×2 s2 transposed"
+
+
+def test_a_transposed_convolution_costs_its_mean():
+    assert ConvGeometry.of(nn.ConvTranspose2d(4, 8, 3, stride=2)).macs == 4 * 8 * 9 // 4

@@ -17,7 +17,19 @@ import convpeft
 from convpeft.adapters import peft_layers, peft_methods, peft_probe
 from convpeft.adapters.peft_probe import probe
 
-from .cases import LAYERS, LINEARS, Variant, adapted, assert_relative, bits, named, net, randomised, same_bits
+from .cases import (
+    LAYERS,
+    LINEARS,
+    TRANSPOSED,
+    Variant,
+    adapted,
+    assert_relative,
+    bits,
+    named,
+    net,
+    randomised,
+    same_bits,
+)
 from .references.convolution import convolve, grid_of
 
 CASES = {case.name: case for case in LAYERS}
@@ -62,7 +74,7 @@ def variant(method: str) -> Variant:
     return Variant(f"peft:{method}", "parallel", {**METHODS, **LINEAR_ONLY}[method])
 
 
-PAIRS = [(case, variant(method)) for method in METHODS for case in LAYERS]
+PAIRS = [(case, variant(method)) for method in METHODS for case in LAYERS if case not in TRANSPOSED]
 SERVED = [pair for pair in PAIRS if serves(pair[1].kind.removeprefix("peft:"), pair[0].build())]
 SERVED += [(case, variant(method)) for method in LINEAR_ONLY for case in LINEARS]
 REFUSED = [pair for pair in PAIRS if pair not in SERVED]

@@ -43,8 +43,8 @@ class AdapterOptions:
 class Adapter(nn.Module):
     """A small trainable module that adds ``f`` to its host: ``y = host(x) + f(x)`` or ``y = z + f(z)``.
 
-    A subclass names its ``places`` and its ``Options``, starts as the identity (``f`` is exactly zero when fresh), and
-    either returns its equivalent plain convolutions from ``chain`` or gives the reason why none exist in
+    A subclass names its ``places``, its ``hosts`` (the layers it can sit beside) and its ``Options``, starts as the
+    identity (``f`` is exactly zero when fresh), and either returns its equivalent plain convolutions from ``chain`` or gives the reason why none exist in
     ``merge_refusal``. Geometry is never retyped: ``self.site.geometry`` carries all of it.
 
     A parallel kind whose update depends on the layer's own weight (DoRA, say) sets ``reads_host``, on the class or on
@@ -60,6 +60,7 @@ class Adapter(nn.Module):
 
     kind: ClassVar[str] = ""
     places: ClassVar[tuple[Place, ...]] = ()
+    hosts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear)
     Options: ClassVar[type[AdapterOptions]] = AdapterOptions
     merge_refusal: ClassVar[str | None] = None
     reads_host: bool = False

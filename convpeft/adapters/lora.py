@@ -6,13 +6,14 @@ Papers: Hu et al., LoRA, arXiv:2106.09685; Kalajdzievski, rsLoRA, arXiv:2312.037
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import NotMergeable
+from ..geometry import PLAIN_HOSTS
 from ..hosting import Host
 from ..kernels import Chain, ConvKernel, compose_pointwise, embed_on_grid
 from ..registry import register_adapter
@@ -55,7 +56,8 @@ class Lora(Adapter):
     """``f(x) = (alpha / r) * B(A x)``: A has the layer's kernel, stride and padding, B is 1x1 and starts at zero.
 
     Groups stay groups: both factors are block-diagonal, nothing leaks from one group to another, and a depthwise
-    layer's adapter is no larger than the layer. On a module's output A and B are 1x1 convolutions over its channels.
+    layer's adapter is no larger than the layer. Beside a transposed convolution A is a transposed one. On a module's
+    output A and B are 1x1 convolutions over its channels.
 
     With ``dora`` the layer's weight becomes ``W' = m V / ||V||``, ``V = W + (alpha / r) B A``, one norm and one magnitude m
     for each output channel; the bias is left alone. In terms of what the layer has computed already, without its bias,
@@ -67,6 +69,7 @@ class Lora(Adapter):
     """
 
     places = ("parallel", "output")
+    hosts = PLAIN_HOSTS
     Options = LoraOptions
 
     def __init__(self, site: Site, options: LoraOptions) -> None:
@@ -94,16 +97,27 @@ class Lora(Adapter):
             return "dora takes a layer's weight apart, and a module's output has none; use place: parallel on a layer"
         return None
 
-    def forward(self, x: Tensor, host: Host | None = None) -> Tensor:
-        """Return the update, shaped like the host's output; ``host`` is read by DoRA only."""
-        hidden = self.down_geometry.convolve(self.dropout(x), self.down)
+    def forward(self, x: Tensor, host: Host | None = None, output_size: Sequence[int] | None = None) -> Tensor:
+        """Return the update, shaped like the host's output.
+
+        Args:
+            x: the host's input.
+            host: read by DoRA only.
+            output_size: height and width of the host's output, where that is a transposed convolution: its caller may
+                have asked for one.
+        """
+        if host is not None:
+            output_size = host.output.shape[-2:]
+        hidden = self.down_geometry.convolve(self.dropout(x), self.down, output_size=output_size)
         update = self.up_geometry.convolve(hidden, self.up) * self.scale
         if not self.options.dora:
             return update
         if host is None:
             raise TypeError("a DoRA adapter reads its layer: call it as adapter(x, host), as the layer itself does")
         product = self._kernel(self.down, self.up)
-        ratio = magnitude_ratio(host.weight, product, self.magnitude, self.options.detach_norm)
+        ratio = magnitude_ratio(
+            self.site.geometry.as_kernel(host.weight), product, self.magnitude, self.options.detach_norm
+        )
         per_channel = (-1,) if self.site.geometry.linear else (-1, 1, 1)
         own = host.output if host.bias is None else host.output - host.bias.to(host.output.dtype).view(per_channel)
         ratio = ratio.view(per_channel)

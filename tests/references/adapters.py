@@ -7,11 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .convolution import Grid, convolve, grid_of, pointwise
+from .convolution import Grid, convolve, grid_of, pointwise, spread, turned
 
 
 def lora_conv(layer: nn.Conv2d, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """``scale * B(A x)``: A on the layer's own grid (or on its centre pixel), B 1x1; arXiv:2106.09685, eq. 3."""
+    if isinstance(layer, nn.ConvTranspose2d):
+        return scale * pointwise(spread(x, turned(down, layer.groups), None, layer), up, layer.groups)
     grid = grid_of(layer, x).of_size(tuple(down.shape[2:]))
     return scale * pointwise(convolve(x, down, None, layer.groups, grid), up, layer.groups)
 

@@ -1,4 +1,4 @@
-"""A 2-d convolution as the loops of its definition: every output pixel, every tap, every padding mode."""
+"""A 2-d convolution, plain or transposed, as the loops of its definition: every pixel, every tap, every padding mode."""
 
 from __future__ import annotations
 
@@ -60,12 +60,67 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, grid: 
     return y if bias is None else y + bias.double().view(-1, 1, 1)
 
 
+def spread(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.ConvTranspose2d, extra: tuple[int, int] | None = None
+) -> Tensor:
+    """Return ``y[n, o, i s + t d - p, ...] = b[o] + sum of w[c, o, t, ...] x[n, c, i, ...]`` over all that land there.
+
+    Args:
+        x: the input.
+        weight: ``(in, out_per_group, kh, kw)``; a 1x1 one stands for the centre tap of the layer's own size.
+        bias: or None.
+        layer: whose fields to honour.
+        extra: output padding; unset, the layer's own.
+    """
+    x, weight, groups = x.double(), weight.double(), layer.groups
+    images, _, height, width = x.shape
+    centre = [0, 0] if tuple(weight.shape[2:]) == layer.kernel_size else [taps // 2 for taps in layer.kernel_size]
+    kernels = weight.reshape(groups, -1, *weight.shape[1:])
+    grouped = x.reshape(images, groups, -1, height, width)
+    size = [
+        (pixels - 1) * stride - 2 * padding + dilation * (taps - 1) + more + 1
+        for pixels, stride, padding, dilation, taps, more in zip(
+            (height, width),
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.kernel_size,
+            extra or layer.output_padding,
+            strict=True,
+        )
+    ]
+    y = torch.zeros(images, groups, kernels.shape[2], *size, dtype=torch.float64)
+    for i in range(height):
+        for j in range(width):
+            for s in range(weight.shape[2]):
+                for t in range(weight.shape[3]):
+                    row = i * layer.stride[0] + (s + centre[0]) * layer.dilation[0] - layer.padding[0]
+                    column = j * layer.stride[1] + (t + centre[1]) * layer.dilation[1] - layer.padding[1]
+                    if 0 <= row < size[0] and 0 <= column < size[1]:
+                        y[..., row, column] += torch.einsum("ngc,gco->ngo", grouped[..., i, j], kernels[..., s, t])
+    y = y.flatten(1, 2)
+    return y if bias is None else y + bias.double().view(-1, 1, 1)
+
+
+def turned(kernel: Tensor, groups: int) -> Tensor:
+    """Return ``(out, in_per_group, ...)`` as ``(in, out_per_group, ...)``, or the other way round, entry by entry."""
+    per_group, across = kernel.shape[0] // groups, kernel.shape[1]
+    result = torch.zeros(groups * across, per_group, *kernel.shape[2:], dtype=torch.float64)
+    for group in range(groups):
+        for a in range(per_group):
+            for b in range(across):
+                result[group * across + b, a] = kernel[group * per_group + a, b]
+    return result
+
+
 def run(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return what a Conv2d or Linear computes."""
+    """Return what a Conv2d, ConvTranspose2d or Linear computes."""
     bias = None if layer.bias is None else layer.bias.double()
     if isinstance(layer, nn.Linear):
         y = torch.einsum("...i,oi->...o", x.double(), layer.weight.double())
         return y if bias is None else y + bias
+    if isinstance(layer, nn.ConvTranspose2d):
+        return spread(x, layer.weight, bias, layer)
     return convolve(x, layer.weight, bias, layer.groups, grid_of(layer, x))
 
 

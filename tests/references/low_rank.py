@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .convolution import convolve, grid_of, pointwise
+from .convolution import convolve, grid_of, pointwise, spread, turned
 from .visual import route
 
 
@@ -15,7 +15,8 @@ def dora_weight(layer: nn.Module, adapter: nn.Module) -> Tensor:
     """``W' = m (W + s BA) / ||W + s BA||``, one output channel and one tap at a time; arXiv:2402.09353, eq. 5."""
     options = adapter.options
     scale = (options.alpha or options.rank) / (math.sqrt(options.rank) if options.rslora else options.rank)
-    weight = layer.weight.detach().double().reshape(layer.weight.shape[0], layer.weight.shape[1], -1)
+    own = _by_output(layer)
+    weight = own.reshape(*own.shape[:2], -1)
     down, up = adapter.down.detach().double(), adapter.up.detach().double().flatten(1)
     groups = getattr(layer, "groups", 1)
     taps = getattr(layer, "kernel_size", (1, 1))
@@ -30,12 +31,20 @@ def dora_weight(layer: nn.Module, adapter: nn.Module) -> Tensor:
                 direction[:, tap] += scale * up[channel, column] * down[row].flatten(1)[:, position]
         magnitude = weight[channel].square().sum().sqrt() + adapter.magnitude.detach().double()[channel]
         changed[channel] = magnitude * direction / direction.square().sum().sqrt()
-    return changed.reshape(layer.weight.shape)
+    return changed.reshape(own.shape)
+
+
+def _by_output(layer: nn.Module) -> Tensor:
+    """Return the layer's weight with its output channels first."""
+    weight = layer.weight.detach().double()
+    return turned(weight, layer.groups) if isinstance(layer, nn.ConvTranspose2d) else weight
 
 
 def dora(layer: nn.Module, adapter: nn.Module, x: Tensor) -> Tensor:
     """``conv(x, W') - conv(x, W)``, without the bias, which DoRA leaves alone."""
-    weight, changed = layer.weight.detach().double(), dora_weight(layer, adapter)
+    weight, changed = _by_output(layer), dora_weight(layer, adapter)
+    if isinstance(layer, nn.ConvTranspose2d):
+        return spread(x, turned(changed - weight, layer.groups), None, layer)
     if isinstance(layer, nn.Linear):
         return torch.einsum("...i,oi->...o", x.double(), changed - weight)
     grid = grid_of(layer, x)
