@@ -7,12 +7,14 @@ ARGS ?=
 # idle threads must not spin: a process next to others on few cores would be several times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test quick check format docs clean
+.PHONY: help demo test quick mutants nightly check format docs clean
 
 help:
 	@echo "make demo    install into $(VENV) and run the YOLO-World demo (about 10 minutes on 2 CPU cores)"
 	@echo "make test    install into $(VENV) and run all tests (ARGS=... goes to pytest)"
 	@echo "make quick   the tests without the slow ones"
+	@echo "make mutants drop each field of ConvGeometry in turn and see a test fail (about a minute)"
+	@echo "make nightly the property tests with 20,000 examples each (about an hour)"
 	@echo "make check   format and lint, types, doctests, quick tests"
 	@echo "make docs    build the pages of docs/ into build/site"
 	@echo "make clean   delete $(VENV), runs, caches and generated data"
@@ -32,6 +34,12 @@ test: $(VENV)/.installed-example,commands,test
 
 quick: $(VENV)/.installed-example,commands,test
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+mutants: $(VENV)/.installed-example,commands,test
+	$(BIN)/python -m tests.mutants
+
+nightly: $(VENV)/.installed-example,commands,test
+	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile=nightly --hypothesis-show-statistics $(ARGS)
 
 check: $(VENV)/.installed-example,commands,test,dev
 	$(BIN)/ruff format .
