@@ -286,11 +286,11 @@ def probe(job: Job, merged: Merged) -> tuple[nn.Module | None, list[nn.Sequentia
     layer = None if merged.kernel is None else merged_layer(job.target, merged.kernel)
     adapters = [_exact_copy(adapter) for adapter in job.adapters]
     reference, candidate = _runs(job, merged, layer, chains, adapters)
-    geometry = job.adapters[0].site.geometry
+    geometry = ConvGeometry.of(job.target) if merged.beside else job.adapters[0].site.geometry
     generator = torch.Generator().manual_seed(0)
     smallest = _probe_size(geometry, merged)
     for size in range(smallest, smallest + max(geometry.stride)):  # each way a stride can end at the border
-        _compare(reference, candidate, random_input(_probe_geometry(job, merged, geometry), size, generator))
+        _compare(reference, candidate, random_input(geometry, size, generator))
     return layer, chains
 
 
@@ -328,10 +328,6 @@ def _runs(
 def _added(output: Tensor, parts: Sequence[nn.Module], x: Tensor | None = None) -> Tensor:
     """Return ``output`` and what each part makes of ``x`` (unset: of the output) together."""
     return sum((part(output if x is None else x) for part in parts), output)
-
-
-def _probe_geometry(job: Job, merged: Merged, geometry: ConvGeometry) -> ConvGeometry:
-    return ConvGeometry.of(job.target) if merged.kernel is not None else geometry
 
 
 def _probe_size(geometry: ConvGeometry, merged: Merged) -> int:

@@ -126,6 +126,13 @@ def test_several_active_adapters_merge_as_their_sum(name, form):
 
 
 @torch.no_grad()
+def test_a_chain_beside_is_probed_on_the_layers_input_whichever_adapter_came_first():
+    case = CASES["3x3"]
+    model, x = adapted(case, LORA_OUT, REP_MONA), case.input()
+    assert_relative(convpeft.merge(model, form="factored").layer(x), model.layer(x))
+
+
+@torch.no_grad()
 def test_only_active_adapters_are_merged():
     case = CASES["3x3"]
     model, x = adapted(case, LORA, REP_MONA), case.input()
