@@ -11,10 +11,14 @@ os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="convpeft-yolo-")
 
 import pytest
 import torch
+from hypothesis import settings
 
 from convpeft import registry
 
 torch.set_num_threads(1)
+settings.register_profile("ci", max_examples=300, deadline=None, derandomize=True, database=None)
+settings.register_profile("nightly", max_examples=20_000, deadline=None, database=None, print_blob=True)
+settings.load_profile("ci")  # --hypothesis-profile=nightly takes the other
 
 
 @pytest.fixture(autouse=True)
