@@ -11,7 +11,7 @@ from torch import nn
 
 import convpeft
 
-from ..cases import assert_relative
+from ..cases import assert_relative, randomised
 from .steps import STEPS, Bench, Convpeft, built, layers_of, merge
 from .zoo import FAMILIES, Family
 
@@ -63,3 +63,15 @@ def test_ssdlite_takes_lora_on_every_convolution_with_one_rule_under_a_tenth_of_
     plan = convpeft.plan(model, {"rules": [{"match": "**", "kind": "lora", "rank": 4}]})
     assert {layer.name for layer in plan.layers} == layers_of(model)
     assert plan.adapter_parameters < 0.1 * plan.base_parameters
+
+
+def test_standardised_weights_are_refused_by_name() -> None:
+    """A normaliser-free network computes each convolution's weight anew; LoRA beside it works, and cannot be absorbed."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    model = timm.create_model("test_nfnet", num_classes=4).double().eval()
+    standardised = {name for name, module in model.named_modules() if "Std" in type(module).__name__}
+    convpeft.inject(model, LORA.spec)
+    assert standardised
+    refused = convpeft.plan_merge(randomised(model)).refused
+    assert set(refused) == standardised
+    assert all("Its forward is not the convolution of its weight alone" in reason for reason in refused.values())
