@@ -29,19 +29,19 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml
 demo: $(VENV)/.installed-example
 	$(BIN)/python -m examples.yolo_world.demo $(ARGS)
 
-test: $(VENV)/.installed-example,commands,test
+test: $(VENV)/.installed-example,commands,detectors,test
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-quick: $(VENV)/.installed-example,commands,test
+quick: $(VENV)/.installed-example,commands,detectors,test
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
-mutants: $(VENV)/.installed-example,commands,test
+mutants: $(VENV)/.installed-example,commands,detectors,test
 	$(BIN)/python -m tests.mutants
 
-nightly: $(VENV)/.installed-example,commands,test
+nightly: $(VENV)/.installed-example,commands,detectors,test
 	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile=nightly --hypothesis-show-statistics $(ARGS)
 
-check: $(VENV)/.installed-example,commands,test,dev
+check: $(VENV)/.installed-example,commands,detectors,test,dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/mypy
