@@ -13,7 +13,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import lean
 from .errors import HostError
+from .low_rank import together
 
 SLOT = "convpeft"
 STASH = "_stash"
@@ -51,6 +53,7 @@ class Slots(nn.ModuleDict):
         owners: names of the adapters that bring their own values of this module's tensors.
         shown: the owner whose values the module shows now, or None for the base's.
         held: keep this norm in eval mode whatever ``train()`` says.
+        lean: keep for backward only what a frozen layer's gradients need.
         wanted_training: the mode last asked for while held.
     """
 
@@ -60,6 +63,7 @@ class Slots(nn.ModuleDict):
         self.owners: tuple[str, ...] = ()
         self.shown: str | None = None
         self.held = False
+        self.lean = False
         self.wanted_training = True
         self.outputs: dict[str, int | str | None] = {}
 
@@ -103,10 +107,12 @@ class Adapted:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's own output with the active adapters added."""
-        own = super().forward(*args, **kwargs)  # type: ignore[misc]
         slots = self._modules[SLOT]  # type: ignore[attr-defined]
+        own, left = self._lean(args[0] if args else kwargs.get("input"), slots) if slots.lean else (None, slots.active)
+        if own is None:
+            own, left = super().forward(*args, **kwargs), slots.active  # type: ignore[misc]
         output = own
-        for name in slots.active:
+        for name in left:
             adapter = slots._modules[name]
             if adapter.site.place == "parallel":
                 x = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
@@ -114,6 +120,10 @@ class Adapted:
             else:
                 output = add_to_entry(own, output, slots.outputs.get(name), adapter)
         return output
+
+    def _lean(self, x: Any, slots: Slots) -> tuple[Any, tuple[str, ...]]:
+        """Return the module's own output by a leaner way and the adapters still to be added, or None: there is no such way."""
+        return None, slots.active
 
     def train(self, mode: bool = True) -> Any:
         """Set the training mode; a held norm stays in eval mode."""
@@ -133,6 +143,31 @@ class Adapted:
         if self._modules[SLOT].owners:  # type: ignore[attr-defined]
             _route_checkpoint(self, state_dict, prefix, args[-1])  # type: ignore[arg-type]
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+
+class _AdaptedConv(Adapted):
+    """For convolutions: frozen ones run lean, with low-rank updates beside them in the same step."""
+
+    def _lean(self, x: Any, slots: Slots) -> tuple[Any, tuple[str, ...]]:
+        factors, left = [], slots.active
+        adapters = [slots._modules[name] for name in slots.active]
+        if all(adapter.site.place == "parallel" and not adapter.reads_host for adapter in adapters):  # type: ignore[union-attr]
+            grouped = self.groups > 1  # type: ignore[attr-defined]
+            left = ()
+            for name, adapter in zip(slots.active, adapters, strict=True):
+                found = None if grouped and factors else adapter.factors()  # type: ignore[union-attr, operator]
+                if found is None:
+                    left = (*left, name)
+                else:
+                    factors.append(found)
+        return lean.convolve(self, x, together(factors) if factors else None), left
+
+
+class _AdaptedNorm(Adapted):
+    """For norms: frozen ones keep their scale only."""
+
+    def _lean(self, x: Any, slots: Slots) -> tuple[Any, tuple[str, ...]]:
+        return lean.normalise(self, x), slots.active
 
 
 class _AdaptedSequence(Adapted):
@@ -230,6 +265,10 @@ def adapted_class(base: Any) -> Any:
         mixin = _AdaptedSequence
     elif issubclass(base, nn.ModuleDict):
         mixin = _AdaptedModuleDict
+    elif lean.is_convolution(base):
+        mixin = _AdaptedConv
+    elif lean.is_norm(base):
+        mixin = _AdaptedNorm
     body: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, "adapted_from": base}
     for method in FUSING_METHODS:
         if callable(getattr(base, method, None)):

@@ -15,7 +15,7 @@ from torch import nn
 from . import hosting
 from .adapters.base import Adapter
 from .errors import AdapterConflict, SpecError, StateError
-from .planning import Plan, check_host, make_plan
+from .planning import Plan, can_be_lean, check_host, make_plan
 from .registry import adapter_class
 from .spec import Spec, read_spec
 from .state import (
@@ -66,7 +66,9 @@ def plan(model: nn.Module, spec: SpecLike, *, example_inputs: Any = None) -> Pla
     return make_plan(unwrapped(model), as_spec(spec), example_inputs)
 
 
-def inject(model: nn.Module, spec: SpecLike, *, name: str = "default", example_inputs: Any = None) -> Plan:
+def inject(
+    model: nn.Module, spec: SpecLike, *, name: str = "default", example_inputs: Any = None, lean: bool = True
+) -> Plan:
     """Put the adapters a spec asks for into the model in place, freeze the rest, and return the plan as a report.
 
     The new adapter is the active one afterwards. It starts as the identity: no output changes. Adapters already in the
@@ -77,6 +79,8 @@ def inject(model: nn.Module, spec: SpecLike, *, name: str = "default", example_i
         spec: a ``Spec``, plain data, or the path of a spec file.
         name: under which the adapter is switched, saved and ejected.
         example_inputs: see ``plan``.
+        lean: let frozen convolutions and norms keep for backward only what their input's gradient needs. The values and
+            gradients are the same; the last call to ``inject`` or ``load_adapter`` decides for the whole model.
 
     Raises:
         SpecError: all problems of the spec at once.
@@ -95,7 +99,7 @@ def inject(model: nn.Module, spec: SpecLike, *, name: str = "default", example_i
     report = make_plan(root, as_spec(spec), example_inputs)
     layers = {layer.name: layer.record() for layer in report.layers}
     record = AdapterRecord(report.spec, layers, dict(report.owned), report.norm)
-    install(root, name, record, build(root, report))
+    install(root, name, record, build(root, report), lean=lean)
     return report
 
 
@@ -138,7 +142,7 @@ def copied_base(root: nn.Module, names: Iterable[str]) -> dict[str, hosting.Tens
     return drawers
 
 
-def install(root: nn.Module, name: str, record: AdapterRecord, built: Built) -> None:
+def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, lean: bool) -> None:
     """Put built parts into the model under ``name`` and make it the active adapter, in place, or change nothing."""
     state = find_state(root)
     before = _Before(root, state)
@@ -152,7 +156,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built) -> 
             requires_grad={key: p.requires_grad for key, p in root.named_parameters(remove_duplicate=False)}
         )
         state.norms = [key for key, module in _unique(root) if hosting.is_batchnorm_like(module)]
-    wanted = _swapped_by(root, state, record)
+    wanted = _swapped_by(root, state, record, lean)
     for key in wanted:
         check_host(module_at(root, key), key)
     _present(root, state)
@@ -167,6 +171,8 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built) -> 
             slots.outputs[name] = record.layers[key].output
         for key, drawer in built.drawers.items():
             hosting.add_owner(module_at(root, key), name, drawer)
+        for key in state.swapped:
+            slots_at(root, key).lean = lean
         state.adapters[name] = record
         root.__dict__[ATTRIBUTE] = state
         for parameter in root.parameters():
@@ -178,10 +184,15 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built) -> 
         raise
 
 
-def _swapped_by(root: nn.Module, state: ModelState, record: AdapterRecord) -> list[str]:
-    """Return every module whose class must be swapped: hosts, owners, norms, and parents that could fuse hosts away."""
+def _swapped_by(root: nn.Module, state: ModelState, record: AdapterRecord, lean: bool) -> list[str]:
+    """Return every module whose class must be swapped: hosts, owners, norms, and parents that could fuse hosts away.
+
+    ``lean`` adds the frozen layers that can keep less.
+    """
     hosts = [*record.layers, *record.owned]
     wanted = dict.fromkeys([*hosts, *state.norms])
+    if lean:
+        wanted.update({key: None for key, module in _unique(root) if can_be_lean(module)})
     for key, module in _unique(root):
         fuses = any(callable(getattr(hosting.base_class(module), method, None)) for method in hosting.FUSING_METHODS)
         if fuses and any(not key or host == key or host.startswith(key + ".") for host in record.layers):

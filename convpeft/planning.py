@@ -14,6 +14,7 @@ from .choosing import Candidate, Choice
 from .errors import HostError, PatternError, SpecError, raise_problems, shortened
 from .geometry import PLAIN_HOSTS, ConvGeometry, output_geometry
 from .hosting import BASE, SLOT, base_class, is_batchnorm_like, shown_tensors, slots_of
+from .lean import serves
 from .probing import OutputShape, known_channels, probe_outputs, unlike_its_convolution, unreadable
 from .registry import adapter_class
 from .reports import table
@@ -330,6 +331,13 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 def _own_child(module: nn.Module) -> bool:
     return slots_of(module) is None and SLOT in module._modules
+
+
+def can_be_lean(module: nn.Module) -> bool:
+    """Return whether a frozen module gains from the class swap without an adapter on it, and allows it."""
+    if isinstance(module, torch.jit.ScriptModule) or _own_child(module) or "forward" in module.__dict__:
+        return False
+    return serves(base_class(module))
 
 
 def check_host(module: nn.Module, name: str) -> None:

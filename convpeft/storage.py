@@ -105,7 +105,9 @@ def inspect_adapter(path: str | Path) -> AdapterFile:
         raise AdapterFileError(f"{path}: its metadata is damaged ({type(error).__name__}: {error})") from error
 
 
-def load_adapter(model: nn.Module, path: str | Path, *, name: str | None = None, any_base: bool = False) -> AdapterFile:
+def load_adapter(
+    model: nn.Module, path: str | Path, *, name: str | None = None, any_base: bool = False, lean: bool = True
+) -> AdapterFile:
     """Put the adapter of a file into the model in place, make it the active one, and return what the file says.
 
     All or nothing: the file's structure, its fit to this model, the base's digests, every shape, and the digest of the
@@ -116,6 +118,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str | None = None,
         path: of the file.
         name: to give it here; unset, the one it was saved under.
         any_base: accept a base with other weights (the layers' shapes must fit all the same).
+        lean: see ``inject``.
 
     Raises:
         AdapterFileError: if the file is damaged or does not fit; the text says which layers.
@@ -135,7 +138,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str | None = None,
     with torch.random.fork_rng(devices=[]):
         built = Built(_adapters(root, file, path, None), copied_base(root, file.owned))
     _fill(built, tensors, path, keep_dtype=not any_base)
-    install(root, name, AdapterRecord(file.spec, file.layers, file.owned, file.norm), built)
+    install(root, name, AdapterRecord(file.spec, file.layers, file.owned, file.norm), built, lean=lean)
     return file
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import NotMergeable, OptionError, closest
 from ..geometry import ConvGeometry
 from ..kernels import Chain, ConvKernel
+from ..low_rank import Factors
 
 Place = Literal["parallel", "output"]
 
@@ -109,6 +110,13 @@ class Adapter(nn.Module):
             NotMergeable: if none exist; the text says why.
         """
         return self.chain()
+
+    def factors(self) -> Factors | None:
+        """Return the update as two factors ``B(A x)``, A on the host's own kernel, where that is all there is to it now.
+
+        A frozen convolution then computes it together with its own output (``convpeft.lean``); None: ``forward`` runs.
+        """
+        return None
 
     def auxiliary_loss(self) -> Tensor | None:
         """Return a scalar to add to the loss (load balancing, say), or None."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ..errors import NotMergeable
 from ..geometry import PLAIN_HOSTS
 from ..hosting import Host
 from ..kernels import Chain, ConvKernel, compose_pointwise, embed_on_grid
+from ..low_rank import Factors, Form, cheapest
 from ..registry import register_adapter
 from .base import Adapter, AdapterOptions, Site, exact, positive, probability
 from .dora import magnitude_ratio
@@ -32,6 +34,8 @@ class LoraOptions(AdapterOptions):
         rslora: scale by ``alpha / sqrt(rank)`` instead.
         pointwise: A looks at the centre pixel only (1x1) instead of the layer's whole kernel.
         dora: learn the magnitude of the layer's weight apart from its direction (parallel only).
+        evaluate: in training, keep A and B ``separate`` from the layer's kernel, or add their product to its ``weight`` and
+            convolve once; ``auto`` takes what costs less. The values agree but for rounding.
         detach_norm: with ``dora``, take the norm for a constant in the backward pass, as the paper proposes.
     """
 
@@ -42,6 +46,7 @@ class LoraOptions(AdapterOptions):
     pointwise: bool = False
     dora: bool = False
     detach_norm: bool = True
+    evaluate: Literal["auto", "separate", "weight"] = "auto"
 
     def problems(self) -> Iterator[str]:
         """Yield what is out of range."""
@@ -84,6 +89,7 @@ class Lora(Adapter):
         self.scale = alpha / (math.sqrt(options.rank) if options.rslora else options.rank)
         self.down = nn.Parameter(torch.empty(self.down_geometry.weight_shape()))
         self.up = nn.Parameter(torch.zeros(self.up_geometry.weight_shape()))
+        self.form: Form = cheapest(host, rank) if options.evaluate == "auto" else options.evaluate
         self.dropout = nn.Dropout(options.dropout)
         self.reads_host = options.dora
         if options.dora:
@@ -122,6 +128,13 @@ class Lora(Adapter):
         own = host.output if host.bias is None else host.output - host.bias.to(host.output.dtype).view(per_channel)
         ratio = ratio.view(per_channel)
         return (ratio - 1).to(update.dtype) * own + ratio.to(update.dtype) * update
+
+    def factors(self) -> Factors | None:
+        """Return A and the scaled B, unless something else comes in between: dropout, DoRA, another kernel or place."""
+        plain = self.site.place == "parallel" and not (self.options.dora or self.options.pointwise)
+        if not plain or (self.training and self.dropout.p > 0):
+            return None
+        return Factors(self.down, self.up if self.scale == 1 else self.up * self.scale, self.form)
 
     def _kernel(self, down: Tensor, up: Tensor) -> Tensor:
         """Return ``(alpha / r) B A`` as one kernel of the host's own size."""

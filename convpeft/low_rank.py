@@ -1,0 +1,167 @@
+"""Low-rank updates beside a convolution: the forms that compute them, and which one costs least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import ConvGeometry
+from .kernels import compose_pointwise
+
+Form = Literal["separate", "weight"]
+Pair = tuple[int, int]
+_LANES = 16  # channels that kernels work on at a time: fewer cost as much
+
+
+class Conv(NamedTuple):
+    """The settings of a zero-padded convolution, in the order of ``torch.nn.functional.conv2d``."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+
+    @classmethod
+    def of(cls, layer: Any) -> Conv | None:
+        """Return the settings of a ``Conv2d``; None for padding that differs between two sides."""
+        padding = layer.padding
+        if isinstance(padding, str):
+            total = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+            if padding == "same" and any(side % 2 for side in total):
+                return None
+            padding = (total[0] // 2, total[1] // 2) if padding == "same" else (0, 0)
+        return cls(layer.stride, padding, layer.dilation, layer.groups)
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> tuple[Any, Any]:
+        """Return the gradients of the input and of the weight, or None for the ones not wanted."""
+        mask = [*wanted, False]
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, self.stride, self.padding, self.dilation, False, [0, 0], self.groups, mask
+        )
+        return dx, dw
+
+    def input_gradient(self, grad: Tensor, blank: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient of an input of which only the shape is known (``blank``)."""
+        return self.backward(grad, blank, weight, (True, False))[0]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One low-rank update, or several as one: ``B(A x)``, A on the host's own kernel, B 1x1 with any scale in it.
+
+    Attributes:
+        down: A, shape ``(rank, in_per_group, kh, kw)``.
+        up: B, shape ``(out, rank_per_group, 1, 1)``.
+        form: how to compute it in training.
+    """
+
+    down: Tensor
+    up: Tensor
+    form: Form
+
+    def require_grad(self) -> bool:
+        """Return whether either of them trains."""
+        return self.down.requires_grad or self.up.requires_grad
+
+    def form_for(self, x: Tensor, weight: Tensor, trains: bool) -> Form:
+        """Return the form for this input.
+
+        Half precision would round a small update away in the sum with the weight, so it is kept apart there. Without
+        gradients one sum of kernels is cheaper than two more convolutions, unless there are few pixels.
+        """
+        if x.dtype not in (torch.float32, torch.float64):
+            return "separate"
+        if trains:
+            return self.form
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        return "weight" if 2 * pixels >= weight.shape[0] else "separate"
+
+
+def together(factors: list[Factors]) -> Factors:
+    """Return several updates of an ungrouped convolution as one of their ranks' sum."""
+    if len(factors) == 1:
+        return factors[0]
+    down, up = (torch.cat(parts, axis) for parts, axis in (([f.down for f in factors], 0), ([f.up for f in factors], 1)))
+    return Factors(down, up, factors[0].form)
+
+
+def cheapest(host: ConvGeometry, rank: int) -> Form:
+    """Return the form that costs a training step less.
+
+    Counted in multiply-accumulates for one output position, beyond what the frozen layer costs anyway. ``weight`` needs the
+    gradient of a whole kernel, once; ``separate`` runs both factors forward, and back twice, where a rank below the
+    number of lanes costs as much as that number.
+    """
+    taps = host.in_per_group * host.kernel_size[0] * host.kernel_size[1]
+    lanes = -(-rank // _LANES) * _LANES
+    separate = 3 * lanes * (taps + host.out_per_group)
+    return "weight" if host.out_channels * taps <= separate else "separate"
+
+
+def product(down: Tensor, up: Tensor, groups: int) -> Tensor:
+    """Return the one kernel of both factors."""
+    return compose_pointwise(up, down, groups)
+
+
+def add_pointwise(output: Tensor, hidden: Tensor, up: Tensor, groups: int) -> Tensor:
+    """Add a 1x1 convolution of ``hidden`` to ``output``, in place, and return it; inside the product where that can be."""
+    if groups == 1 and output.is_contiguous() and hidden.is_contiguous() and output.numel():
+        count, channels = output.shape[:2]
+        flat = output.view(count, channels, -1)
+        flat.baddbmm_(_over_batch(up.flatten(1), count), hidden.view(count, hidden.shape[1], -1))
+        return output
+    return output.add_(F.conv2d(hidden, up, None, groups=groups))
+
+
+def factor_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    hidden: Tensor | None,
+    conv: Conv,
+    form: str,
+    *,
+    needs_input: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the gradients of the input, of A and of B."""
+    if form == "weight":
+        return _through_weight(grad, x, weight, down, up, conv, needs_input)
+    assert hidden is not None
+    pointwise = Conv((1, 1), (0, 0), (1, 1), conv.groups)
+    d_hidden, d_up = _pointwise_gradients(grad, hidden, up, pointwise)
+    d_detour, d_down = conv.backward(d_hidden, x, down, (needs_input, True))
+    if not needs_input:
+        return None, d_down, d_up
+    return conv.input_gradient(grad, x, weight).add_(d_detour), d_down, d_up
+
+
+def _pointwise_gradients(grad: Tensor, hidden: Tensor, up: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
+    if conv.groups > 1 or not grad.is_contiguous() or not hidden.is_contiguous() or not grad.numel():
+        return conv.backward(grad, hidden, up, (True, True))
+    count = grad.shape[0]
+    flat, kernel = grad.view(count, grad.shape[1], -1), up.flatten(1)
+    d_hidden = torch.bmm(_over_batch(kernel.t(), count), flat).view(hidden.shape)
+    d_up = torch.bmm(flat, hidden.view(count, hidden.shape[1], -1).transpose(1, 2)).sum(0)
+    return d_hidden, d_up.view(up.shape)
+
+
+def _through_weight(
+    grad: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, conv: Conv, needs_input: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the gradients by way of the whole kernel's: ``dA = B' dW``, ``dB = dW A'``."""
+    dx, d_weight = conv.backward(grad, x, weight + product(down, up, conv.groups), (needs_input, True))
+    per_group = (conv.groups, -1)
+    d_kernel = d_weight.flatten(1).unflatten(0, per_group)
+    left, right = up.flatten(1).unflatten(0, per_group), down.flatten(1).unflatten(0, per_group)
+    d_down, d_up = left.transpose(1, 2) @ d_kernel, d_kernel @ right.transpose(1, 2)
+    return dx, d_down.reshape(down.shape), d_up.reshape(up.shape)
+
+
+def _over_batch(matrix: Tensor, count: int) -> Tensor:
+    return matrix.unsqueeze(0).expand(count, -1, -1)
