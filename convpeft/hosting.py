@@ -108,7 +108,7 @@ class Adapted:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's own output with the active adapters added."""
         slots = self._modules[SLOT]  # type: ignore[attr-defined]
-        own, left = self._lean(args[0] if args else kwargs.get("input"), slots) if slots.lean else (None, slots.active)
+        own, left = self._own(args[0] if args else kwargs.get("input"), slots)
         if own is None:
             own, left = super().forward(*args, **kwargs), slots.active  # type: ignore[misc]
         output = own
@@ -121,9 +121,9 @@ class Adapted:
                 output = add_to_entry(own, output, slots.outputs.get(name), adapter)
         return output
 
-    def _lean(self, x: Any, slots: Slots) -> tuple[Any, tuple[str, ...]]:
-        """Return the module's own output by a leaner way and the adapters still to be added, or None: there is no such way."""
-        return None, slots.active
+    def _own(self, x: Any, slots: Slots) -> tuple[Any, tuple[str, ...]]:
+        """Return the module's own output, by a cheaper way than its forward, and the adapters still to be added; or None."""
+        return None, ()
 
     def train(self, mode: bool = True) -> Any:
         """Set the training mode; a held norm stays in eval mode."""
@@ -146,28 +146,29 @@ class Adapted:
 
 
 class _AdaptedConv(Adapted):
-    """For convolutions: frozen ones run lean, with low-rank updates beside them in the same step."""
+    """For convolutions: low-rank updates are computed together with the layer, and frozen layers run lean."""
 
-    def _lean(self, x: Any, slots: Slots) -> tuple[Any, tuple[str, ...]]:
+    def _own(self, x: Any, slots: Slots) -> tuple[Any, tuple[str, ...]]:
         factors, left = [], slots.active
         adapters = [slots._modules[name] for name in slots.active]
         if all(adapter.site.place == "parallel" and not adapter.reads_host for adapter in adapters):  # type: ignore[union-attr]
             grouped = self.groups > 1  # type: ignore[attr-defined]
             left = ()
             for name, adapter in zip(slots.active, adapters, strict=True):
-                found = None if grouped and factors else adapter.factors()  # type: ignore[union-attr, operator]
+                alone = (grouped and factors) or adapter._forward_hooks or adapter._forward_pre_hooks  # type: ignore[union-attr]
+                found = None if alone else adapter.factors()  # type: ignore[union-attr, operator]
                 if found is None:
                     left = (*left, name)
                 else:
                     factors.append(found)
-        return lean.convolve(self, x, together(factors) if factors else None), left
+        return lean.convolve(self, x, together(factors) if factors else None, slots.lean), left
 
 
 class _AdaptedNorm(Adapted):
     """For norms: frozen ones keep their scale only."""
 
-    def _lean(self, x: Any, slots: Slots) -> tuple[Any, tuple[str, ...]]:
-        return lean.normalise(self, x), slots.active
+    def _own(self, x: Any, slots: Slots) -> tuple[Any, tuple[str, ...]]:
+        return lean.normalise(self, x) if slots.lean else None, slots.active
 
 
 class _AdaptedSequence(Adapted):

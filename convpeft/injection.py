@@ -159,7 +159,8 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
     wanted = _swapped_by(root, state, record, lean)
     for key in wanted:
         check_host(module_at(root, key), key)
-    _present(root, state)
+    for key in state.swapped:  # raises, before anything is touched, if one is gone
+        slots_at(root, key)
     try:
         for key in wanted:
             hosting.adapt(module_at(root, key))
@@ -213,6 +214,7 @@ class _Before:
     def return_to(self, root: nn.Module, name: str) -> None:
         state = find_state(root)
         if state is not None and not self.fresh:
+            state.held = None  # whatever was held or let go in between
             _switch(root, state, self.active)
         for key, module in _unique(root):
             slots = hosting.slots_of(module)
@@ -350,15 +352,17 @@ def _are_several(names: Any) -> bool:
 def _switch(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
     """Make ``names`` the active adapters: which run, whose tensors are shown, which norms are held."""
     owner = {key: name for name in names for key in state.adapters[name].owned}
-    adapts = any(state.adapters[name].norm == "adapt" for name in names)
-    norms = set(state.norms)
-    for key, slots in _present(root, state):
-        module = module_at(root, key)
-        slots.active = tuple(name for name in names if name in slots._modules)
-        hosting.show(module, owner.get(key))
-        if key in norms:
-            hosting.hold(module, not adapts)
-    state.active = names
+    held = not any(state.adapters[name].norm == "adapt" for name in names)
+    records = [state.adapters[name] for name in dict.fromkeys([*state.active, *names])]
+    touched = dict.fromkeys(key for record in records for key in (*record.layers, *record.owned))
+    norms = state.norms if held != state.held else ()
+    slots = {key: slots_at(root, key) for key in dict.fromkeys([*touched, *norms])}  # raises before anything is touched
+    for key in touched:
+        slots[key].active = tuple(name for name in names if name in slots[key]._modules)
+        hosting.show(module_at(root, key), owner.get(key))
+    for key in norms:
+        hosting.hold(module_at(root, key), held)
+    state.active, state.held = names, held
     _forget_compiled()
 
 
@@ -369,20 +373,16 @@ def _forget_compiled() -> None:
         dynamo.reset()
 
 
-def _present(root: nn.Module, state: ModelState) -> list[tuple[str, hosting.Slots]]:
-    """Return the slots of all swapped modules by name; raises a StateError, before anything is touched, if one is gone."""
-    return [(key, slots_at(root, key)) for key in state.swapped]
-
-
 def _train_only_active(root: nn.Module, state: ModelState) -> None:
     """Let exactly the active adapters' parameters, and their own values of unfrozen tensors, require gradients."""
     _train_only(root, state, state.active)
 
 
 def _train_only(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
+    changed = dict.fromkeys(name for name in (*state.trained, *names) if name in state.adapters)
     state.trained = tuple(name for name in names if name in state.adapters)
-    for name, record in state.adapters.items():
-        flag = name in names
+    for name in changed:
+        record, flag = state.adapters[name], name in names
         for key in record.layers:
             adapter_at(root, key, name).requires_grad_(flag)
         for key in record.owned:

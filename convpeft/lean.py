@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .geometry import ConvGeometry
 from .low_rank import Conv, Factors, add_pointwise, factor_gradients, product
 from .recomputing import Origin, origin_of
 
@@ -45,37 +46,72 @@ def is_norm(module_class: type) -> bool:
     return forward in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
-def convolve(layer: Any, x: Any, factors: Factors | None) -> Tensor | None:
-    """Return what a frozen ``Conv2d`` makes of ``x``, low-rank updates included; None where torch's own path must run.
+def convolve(layer: Any, x: Any, factors: Factors | None, lean: bool) -> Tensor | None:
+    """Return what a ``Conv2d`` makes of ``x``, low-rank updates included; None where torch's own forward does as well.
+
+    What it computes depends neither on gradients nor on ``lean``, so the bits do not either.
 
     Args:
-        layer: with a plain weight that requires no gradient.
+        layer: zero-padded, with a plain weight; any other gives None.
         x: ``(N, in, H, W)``; anything else gives None.
         factors: of the updates beside it, or None.
+        lean: keep for backward only what is needed, where the layer is frozen.
     """
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias", layer)
-    if type(x) not in (Tensor, nn.Parameter) or x.ndim != 4 or weight is None or weight.requires_grad:
+    plain = type(x) in (Tensor, nn.Parameter) and type(weight) is nn.Parameter and bias is not layer
+    if not plain or x.ndim != 4 or layer.padding_mode != "zeros":
         return None
-    if bias is layer or (bias is not None and bias.requires_grad) or layer.padding_mode != "zeros" or not is_eager():
+    conv, dtype = Conv.of(layer), autocast_dtype(x)
+    if conv is None or (dtype is None and weight.dtype != x.dtype):  # of the latter torch says what is wrong
         return None
-    conv = Conv.of(layer)
-    if conv is None or type(weight) is not nn.Parameter:
-        return None
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     trains = torch.is_grad_enabled() and (x.requires_grad or (factors is not None and factors.require_grad()))
-    if factors is None and not trains:
+    lean = lean and frozen and trains and is_eager()
+    if factors is None and not lean:
         return None
-    dtype = autocast_dtype(x)
     x = x if dtype is None else x.to(dtype)
-    if weight.dtype != x.dtype and dtype is None:
-        return None  # torch says what is wrong with that
-    down = up = None
-    form = "separate"
+    down, up, form = None, None, "separate"
     if factors is not None:
-        down, up = (part if dtype is None else part.to(dtype) for part in (factors.down, factors.up))
-        form = factors.form_for(x, weight, trains)
-    if not trains:
+        down, up, form = factors.down.to(x.dtype), factors.up.to(x.dtype), factors.form_for(x, weight, layer.training)
+    if not lean:
         return _forward(x, weight, bias, down, up, conv, form)[0]
-    return _Convolution.apply(x, weight, bias, down, up, _How(conv, form, origin_of(x) if down is not None else None))
+    return _Convolution.apply(x, weight, bias, down, up, _How(conv, form, None if down is None else origin_of(x)))
+
+
+def convolve_trained(geometry: ConvGeometry, x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``geometry.convolve(x, weight)`` for a weight that trains; keeps what ``x`` can be made from, if that is kept anyway.
+
+    Args:
+        geometry: of an adapter's own convolution.
+        x: its input.
+        weight: shape ``geometry.weight_shape()``.
+    """
+    conv = Conv.of_geometry(geometry)
+    plain = conv is None or not (torch.is_grad_enabled() and weight.requires_grad) or type(x) is not Tensor
+    if plain or x.ndim != 4 or not is_eager() or autocast_dtype(x) not in (None, x.dtype):
+        return geometry.convolve(x, weight)
+    origin = origin_of(x)
+    if origin is None or (weight.dtype != x.dtype and autocast_dtype(x) is None):
+        return geometry.convolve(x, weight)
+    return _Trained.apply(x, weight.to(x.dtype), conv, origin)
+
+
+class _Trained(torch.autograd.Function):
+    """A convolution whose weight trains; it keeps the origin of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, conv: Conv, origin: Origin) -> Tensor:
+        """Return the convolution."""
+        ctx.save_for_backward(origin.source, weight)
+        ctx.conv, ctx.remake = conv, origin.remake
+        return F.conv2d(x, weight, None, *conv)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Return both gradients."""
+        source, weight = ctx.saved_tensors
+        needs_input, needs_weight = ctx.needs_input_grad[:2]
+        return *ctx.conv.backward(grad, ctx.remake(source), weight, (needs_input, needs_weight)), None, None
 
 
 class _How(NamedTuple):

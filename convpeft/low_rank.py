@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from .kernels import compose_pointwise
 Form = Literal["separate", "weight"]
 Pair = tuple[int, int]
 _LANES = 16  # channels that kernels work on at a time: fewer cost as much
+_SMALL = 1.5  # how much dearer a multiply-accumulate of a small convolution is, measured (docs/decisions/0009)
 
 
 class Conv(NamedTuple):
@@ -36,6 +36,15 @@ class Conv(NamedTuple):
             padding = (total[0] // 2, total[1] // 2) if padding == "same" else (0, 0)
         return cls(layer.stride, padding, layer.dilation, layer.groups)
 
+    @classmethod
+    def of_geometry(cls, geometry: ConvGeometry) -> Conv | None:
+        """Return the settings of a geometry; None where ``conv2d`` cannot express it."""
+        top, bottom, left, right = geometry.padding
+        plain = geometry.padding_mode == "zeros" and top == bottom >= 0 and left == right >= 0
+        if not plain or geometry.transposed or geometry.linear or geometry.dynamic_kernel is not None:
+            return None
+        return cls(geometry.stride, (top, left), geometry.dilation, geometry.groups)
+
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> tuple[Any, Any]:
         """Return the gradients of the input and of the weight, or None for the ones not wanted."""
         mask = [*wanted, False]
@@ -49,14 +58,13 @@ class Conv(NamedTuple):
         return self.backward(grad, blank, weight, (True, False))[0]
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """One low-rank update, or several as one: ``B(A x)``, A on the host's own kernel, B 1x1 with any scale in it.
 
     Attributes:
         down: A, shape ``(rank, in_per_group, kh, kw)``.
         up: B, shape ``(out, rank_per_group, 1, 1)``.
-        form: how to compute it in training.
+        form: to compute it in, in training mode.
     """
 
     down: Tensor
@@ -67,18 +75,17 @@ class Factors:
         """Return whether either of them trains."""
         return self.down.requires_grad or self.up.requires_grad
 
-    def form_for(self, x: Tensor, weight: Tensor, trains: bool) -> Form:
-        """Return the form for this input.
+    def form_for(self, x: Tensor, weight: Tensor, training: bool) -> Form:
+        """Return the form for this input, the same with gradients and without, so that the bits are the same.
 
-        Half precision would round a small update away in the sum with the weight, so it is kept apart there. Without
-        gradients one sum of kernels is cheaper than two more convolutions, unless there are few pixels.
+        Half precision would round a small update away in the sum with the weight, so it stays apart there. In eval mode
+        the sum of two kernels is cheaper than two more convolutions, unless there are few pixels.
         """
         if x.dtype not in (torch.float32, torch.float64):
             return "separate"
-        if trains:
+        if training:
             return self.form
-        pixels = x.shape[0] * x.shape[2] * x.shape[3]
-        return "weight" if 2 * pixels >= weight.shape[0] else "separate"
+        return "weight" if x.shape[0] * x.shape[2] * x.shape[3] >= weight.shape[0] else "separate"
 
 
 def together(factors: list[Factors]) -> Factors:
@@ -99,7 +106,7 @@ def cheapest(host: ConvGeometry, rank: int) -> Form:
     taps = host.in_per_group * host.kernel_size[0] * host.kernel_size[1]
     lanes = -(-rank // _LANES) * _LANES
     separate = 3 * lanes * (taps + host.out_per_group)
-    return "weight" if host.out_channels * taps <= separate else "separate"
+    return "weight" if host.out_channels * taps <= _SMALL * separate else "separate"
 
 
 def product(down: Tensor, up: Tensor, groups: int) -> Tensor:
@@ -108,13 +115,18 @@ def product(down: Tensor, up: Tensor, groups: int) -> Tensor:
 
 
 def add_pointwise(output: Tensor, hidden: Tensor, up: Tensor, groups: int) -> Tensor:
-    """Add a 1x1 convolution of ``hidden`` to ``output``, in place, and return it; inside the product where that can be."""
-    if groups == 1 and output.is_contiguous() and hidden.is_contiguous() and output.numel():
-        count, channels = output.shape[:2]
-        flat = output.view(count, channels, -1)
-        flat.baddbmm_(_over_batch(up.flatten(1), count), hidden.view(count, hidden.shape[1], -1))
-        return output
-    return output.add_(F.conv2d(hidden, up, None, groups=groups))
+    """Return ``output`` with a 1x1 convolution of ``hidden`` added, within the product where that can be.
+
+    Without a graph that is in place: a node's output must not be a view, and no pass over the map is wasted.
+    """
+    if groups > 1 or not (output.is_contiguous() and hidden.is_contiguous() and output.numel()):
+        return output + F.conv2d(hidden, up, None, groups=groups)
+    count, channels = output.shape[:2]
+    flat, left, right = output.view(count, channels, -1), _over_batch(up.flatten(1), count), hidden.flatten(2)
+    if torch.is_grad_enabled():
+        return torch.baddbmm(flat, left, right).view(output.shape)
+    flat.baddbmm_(left, right)
+    return output
 
 
 def factor_gradients(

@@ -63,6 +63,7 @@ class ModelState:
         requires_grad: what each of the user's parameters was set to before the first injection.
         swapped: names of all modules whose class is swapped.
         norms: names of all BatchNorm-like modules.
+        held: whether these are held in eval mode now; None before the first switch.
     """
 
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
@@ -71,6 +72,7 @@ class ModelState:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     swapped: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
+    held: bool | None = None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -122,12 +124,12 @@ def module_at(root: nn.Module, name: str) -> nn.Module:
     Raises:
         StateError: if the model was changed and it is gone.
     """
-    try:
-        return root.get_submodule(name)
-    except AttributeError as error:
-        raise StateError(
-            f"{name!r} was adapted and is no longer in the model: it was changed after inject()"
-        ) from error
+    module: nn.Module | None = root
+    for part in name.split(".") if name else ():
+        module = module._modules.get(part)  # type: ignore[union-attr]  # not get_submodule: switching looks up hundreds
+        if module is None:
+            raise StateError(f"{name!r} was adapted and is no longer in the model: it was changed after inject()")
+    return module  # type: ignore[return-value]
 
 
 def slots_at(root: nn.Module, name: str) -> Slots:

@@ -6,6 +6,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -169,7 +170,7 @@ def read_options(adapter: type[Adapter], raw: dict[str, Any]) -> tuple[AdapterOp
         raw: the rule's options as a spec file gives them; lists stand for tuples.
     """
     known = {field.name: field for field in fields(adapter.Options)}
-    hints = typing.get_type_hints(adapter.Options)
+    hints = _hints(adapter.Options)
     problems: list[OptionError] = []
     values: dict[str, Any] = {}
     for key, value in raw.items():
@@ -194,6 +195,11 @@ def read_options(adapter: type[Adapter], raw: dict[str, Any]) -> tuple[AdapterOp
     checked = adapter.Options(**values)
     found = [OptionError(f"kind {adapter.kind!r}: {problem}") for problem in checked.problems()]
     return (None if found else checked), found
+
+
+@cache
+def _hints(options: type[AdapterOptions]) -> dict[str, Any]:
+    return typing.get_type_hints(options)
 
 
 def _required(field: Any) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Chain, ConvKernel, compose_pointwise, embed_on_grid
+from ..lean import convolve_trained
 from ..registry import register_adapter
 from .base import Adapter, AdapterOptions, Site, exact, odd_kernels, positive, probability
 from .branches import Branch, shared_rank
@@ -76,6 +77,9 @@ class RepMona(Adapter):
         self.branches: Any = nn.ModuleList(
             Branch(inner.resized((k, k)), norm=options.branch_norm) for k in options.kernel_sizes
         )
+        largest = inner.covering(*((k, k) for k in options.kernel_sizes))
+        alike = largest.kernel_size == (max(options.kernel_sizes),) * 2 and not host.shift_when_grown()
+        self.together = largest if alike else None
         self.mix = nn.Parameter(torch.empty(self.mix_geometry.weight_shape()))
         self.up = nn.Parameter(torch.zeros(self.up_geometry.weight_shape()))
         self.scale = nn.Parameter(torch.full((1,), options.scale))
@@ -92,10 +96,16 @@ class RepMona(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the update, shaped like the host's output."""
-        hidden = self.down_geometry.convolve(self.dropout(x), self.down)
-        scales = reduce(torch.add, [branch(hidden) for branch in self.branches])
-        mixed = self.mix_geometry.convolve(scales, self.mix)
-        return self.up_geometry.convolve(mixed + self.centre.sample(hidden), self.up) * self.scale
+        hidden = convolve_trained(self.down_geometry, self.dropout(x), self.down)
+        mixed = self.mix_geometry.convolve(self._scales(hidden), self.mix)
+        return self.up_geometry.convolve(mixed + self.centre.sample(hidden), self.up * self.scale)
+
+    def _scales(self, hidden: Tensor) -> Tensor:
+        """Return the sum of the branches: one pass with the sum of their kernels where no norm is in between."""
+        if self.together is None or self.options.branch_norm:
+            return reduce(torch.add, [branch(hidden) for branch in self.branches])
+        kernel = reduce(torch.add, [self._place(branch.weight, self.together.kernel_size) for branch in self.branches])
+        return self.together.convolve(hidden, kernel)
 
     def chain(self) -> Chain:
         """Return D, one depthwise convolution that makes ``(sum_k DW_k, centre)`` of each channel, and U with M in it."""

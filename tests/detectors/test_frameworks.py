@@ -59,7 +59,7 @@ def moved(model: Any) -> Any:
     """Let every adapter change its layer's weight by about a third of the weight's size, in place."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for layer in [module for module in model.modules() if SLOT in module._modules and isinstance(module, LAYERS)]:
+        for layer in [m for m in model.modules() if SLOT in m._modules and "screw" in m.convpeft._modules]:
             up, fan_in = layer.convpeft.screw.up, layer.weight[0].numel()
             size = max(float(layer.weight.std()), 0.05 / fan_in**0.5)
             up.copy_(0.3 * size * fan_in**0.5 * torch.randn(up.shape, generator=generator, dtype=torch.float64))
