@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import lean
 from .errors import HostError
-from .low_rank import together
+from .low_rank import Factors, together
 
 SLOT = "convpeft"
 STASH = "_stash"
@@ -149,7 +149,8 @@ class _AdaptedConv(Adapted):
     """For convolutions: low-rank updates are computed together with the layer, and frozen layers run lean."""
 
     def _own(self, x: Any, slots: Slots) -> tuple[Any, tuple[str, ...]]:
-        factors, left = [], slots.active
+        factors: list[Factors] = []
+        left = slots.active
         adapters = [slots._modules[name] for name in slots.active]
         if all(adapter.site.place == "parallel" and not adapter.reads_host for adapter in adapters):  # type: ignore[union-attr]
             grouped = self.groups > 1  # type: ignore[attr-defined]

@@ -145,7 +145,8 @@ def copied_base(root: nn.Module, names: Iterable[str]) -> dict[str, hosting.Tens
 def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, lean: bool) -> None:
     """Put built parts into the model under ``name`` and make it the active adapter, in place, or change nothing."""
     state = find_state(root)
-    before = _Before(root, state)
+    modules = _unique(root)
+    before = _Before(root, state, modules)
     if state is None:
         if before.swapped:
             raise StateError(
@@ -155,8 +156,8 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
         state = ModelState(
             requires_grad={key: p.requires_grad for key, p in root.named_parameters(remove_duplicate=False)}
         )
-        state.norms = [key for key, module in _unique(root) if hosting.is_batchnorm_like(module)]
-    wanted = _swapped_by(root, state, record, lean)
+        state.norms = [key for key, module in modules if hosting.is_batchnorm_like(module)]
+    wanted = _swapped_by(modules, state, record, lean)
     for key in wanted:
         check_host(module_at(root, key), key)
     for key in state.swapped:  # raises, before anything is touched, if one is gone
@@ -185,7 +186,9 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
         raise
 
 
-def _swapped_by(root: nn.Module, state: ModelState, record: AdapterRecord, lean: bool) -> list[str]:
+def _swapped_by(
+    modules: list[tuple[str, nn.Module]], state: ModelState, record: AdapterRecord, lean: bool
+) -> list[str]:
     """Return every module whose class must be swapped: hosts, owners, norms, and parents that could fuse hosts away.
 
     ``lean`` adds the frozen layers that can keep less.
@@ -193,8 +196,8 @@ def _swapped_by(root: nn.Module, state: ModelState, record: AdapterRecord, lean:
     hosts = [*record.layers, *record.owned]
     wanted = dict.fromkeys([*hosts, *state.norms])
     if lean:
-        wanted.update({key: None for key, module in _unique(root) if can_be_lean(module)})
-    for key, module in _unique(root):
+        wanted.update({key: None for key, module in modules if can_be_lean(module)})
+    for key, module in modules:
         fuses = any(callable(getattr(hosting.base_class(module), method, None)) for method in hosting.FUSING_METHODS)
         if fuses and any(not key or host == key or host.startswith(key + ".") for host in record.layers):
             wanted[key] = None
@@ -204,12 +207,12 @@ def _swapped_by(root: nn.Module, state: ModelState, record: AdapterRecord, lean:
 class _Before:
     """What an interrupted install has to give back."""
 
-    def __init__(self, root: nn.Module, state: ModelState | None) -> None:
+    def __init__(self, root: nn.Module, state: ModelState | None, modules: list[tuple[str, nn.Module]]) -> None:
         self.fresh = state is None
         self.active = () if state is None else state.active
         self.trained = () if state is None else state.trained
         self.requires_grad = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
-        self.swapped = {id(module) for _, module in _unique(root) if hosting.slots_of(module) is not None}
+        self.swapped = {id(module) for _, module in modules if hosting.slots_of(module) is not None}
 
     def return_to(self, root: nn.Module, name: str) -> None:
         state = find_state(root)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class PlannedLayer:
         lr_mult: relative learning rate.
         output: adapted entry of the module's output.
         merge_refusal: why it cannot merge, or None.
+        form: its update is computed in, where a kind has several; chosen by what a training step costs.
     """
 
     name: str
@@ -51,10 +52,12 @@ class PlannedLayer:
     lr_mult: float = 1.0
     output: int | str | None = None
     merge_refusal: str | None = None
+    form: str | None = None
 
     def record(self) -> LayerRecord:
         """Return the layer as the plain data that state and adapter files keep."""
-        options = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.options).items()}
+        values = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
+        options = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         geometry = self.site.geometry.to_dict()
         return LayerRecord(self.kind, self.site.place, options, geometry, self.output, self.lr_mult, self.rule)
 
@@ -108,11 +111,12 @@ class Plan:
                 layer.site.place,
                 str(layer.rule),
                 f"{layer.parameters:,}",
+                layer.form or "–",
                 layer.merge_refusal or "yes",
             )
             for layer in self.layers
         ]
-        titles = ("module", "class", "geometry", "kind", "place", "rule", "parameters", "can merge")
+        titles = ("module", "class", "geometry", "kind", "place", "rule", "parameters", "form", "can merge")
         parts = [head, table(titles, rows)] if rows else [head]
         if self.owned:
             parts.append(f"unfrozen modules ({len(self.owned)}): {shortened(list(self.owned))}")
@@ -165,6 +169,8 @@ class _Siting:
     def __init__(self, model: nn.Module, chosen: Choice, example_inputs: Any) -> None:
         self.model, self.chosen, self.example_inputs = model, chosen, example_inputs
         self.problems = chosen.problems
+        self.options: dict[int, AdapterOptions] = {}
+        self.drafts: dict[tuple[str, Site, AdapterOptions], Adapter] = {}
 
     def plan(self) -> list[PlannedLayer]:
         shapes = self._output_shapes()
@@ -200,14 +206,12 @@ class _Siting:
                 self.problems.append(SpecError(f"{label} cannot host an adapter: {refusal}"))
             return None
         adapter = adapter_class(rule.kind)
-        options, _ = read_options(adapter, rule.options)
-        assert options is not None
+        options = self._options(number, rule)
         refusal = adapter.refuses(site, options)
         if refusal:
             self.problems.append(SpecError(f"{label} cannot take kind {rule.kind!r}: {refusal}"))
             return None
-        with torch.device("meta"):
-            draft: Adapter = adapter(site, options)
+        draft = self._draft(rule.kind, site, options)
         refusal = unreadable(candidate.module) if draft.reads_host else None
         if refusal:
             self.problems.append(SpecError(f"{label} cannot take kind {rule.kind!r}: {refusal}"))
@@ -223,7 +227,24 @@ class _Siting:
             float(rule.lr_mult),
             rule.output,
             adapter.merge_refusal,
+            draft.form,
         )
+
+    def _options(self, number: int, rule: Rule) -> AdapterOptions:
+        """Return a rule's options, read once."""
+        if number not in self.options:
+            options, _ = read_options(adapter_class(rule.kind), rule.options)
+            assert options is not None
+            self.options[number] = options
+        return self.options[number]
+
+    def _draft(self, kind: str, site: Site, options: AdapterOptions) -> Adapter:
+        """Return an adapter without memory, to ask it things; layers alike share one."""
+        key = (kind, site, options)
+        if key not in self.drafts:
+            with torch.device("meta"):
+                self.drafts[key] = adapter_class(kind)(site, options)
+        return self.drafts[key]
 
     def _host_refusal(self, candidate: Candidate, place: Place) -> str | None:
         module = candidate.module

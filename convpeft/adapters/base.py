@@ -55,6 +55,8 @@ class Adapter(nn.Module):
     ``load_state_dict`` need no care. A layer whose weight is computed, or whose forward is not the convolution of its
     weight, is refused at plan time for such a kind.
 
+    A kind with more than one way to compute its update sets ``form`` to the name of the chosen one, for the plan.
+
     Args:
         site: where the adapter sits.
         options: an instance of ``Options``, already checked.
@@ -66,6 +68,7 @@ class Adapter(nn.Module):
     Options: ClassVar[type[AdapterOptions]] = AdapterOptions
     merge_refusal: ClassVar[str | None] = None
     reads_host: bool = False
+    form: str | None = None
 
     def __init__(self, site: Site, options: AdapterOptions) -> None:
         super().__init__()
@@ -198,7 +201,7 @@ def read_options(adapter: type[Adapter], raw: dict[str, Any]) -> tuple[AdapterOp
 
 
 @cache
-def _hints(options: type[AdapterOptions]) -> dict[str, Any]:
+def _hints(options: Any) -> dict[str, Any]:
     return typing.get_type_hints(options)
 
 

@@ -76,6 +76,7 @@ class Lora(Adapter):
     places = ("parallel", "output")
     hosts = PLAIN_HOSTS
     Options = LoraOptions
+    form: Form | None
 
     def __init__(self, site: Site, options: LoraOptions) -> None:
         super().__init__(site, options)
@@ -89,7 +90,8 @@ class Lora(Adapter):
         self.scale = alpha / (math.sqrt(options.rank) if options.rslora else options.rank)
         self.down = nn.Parameter(torch.empty(self.down_geometry.weight_shape()))
         self.up = nn.Parameter(torch.zeros(self.up_geometry.weight_shape()))
-        self.form: Form = cheapest(host, rank) if options.evaluate == "auto" else options.evaluate
+        if self._has_factors():
+            self.form = cheapest(host, rank) if options.evaluate == "auto" else options.evaluate
         self.dropout = nn.Dropout(options.dropout)
         self.reads_host = options.dora
         if options.dora:
@@ -131,10 +133,15 @@ class Lora(Adapter):
 
     def factors(self) -> Factors | None:
         """Return A and the scaled B, unless something else comes in between: dropout, DoRA, another kernel or place."""
-        plain = self.site.place == "parallel" and not (self.options.dora or self.options.pointwise)
-        if not plain or (self.training and self.dropout.p > 0):
+        if self.form is None or (self.training and self.dropout.p > 0):
             return None
         return Factors(self.down, self.up if self.scale == 1 else self.up * self.scale, self.form)
+
+    def _has_factors(self) -> bool:
+        """Whether all there is to it, but for dropout, are two factors beside a convolution."""
+        host = self.site.geometry
+        beside = self.site.place == "parallel" and not (host.linear or host.transposed)
+        return beside and not (self.options.dora or self.options.pointwise)
 
     def _kernel(self, down: Tensor, up: Tensor) -> Tensor:
         """Return ``(alpha / r) B A`` as one kernel of the host's own size."""

@@ -79,7 +79,8 @@ class RepMona(Adapter):
         )
         largest = inner.covering(*((k, k) for k in options.kernel_sizes))
         alike = largest.kernel_size == (max(options.kernel_sizes),) * 2 and not host.shift_when_grown()
-        self.together = largest if alike else None
+        self.together = largest if alike and not options.branch_norm else None
+        self.form = "one pass" if self.together is not None else "branches"
         self.mix = nn.Parameter(torch.empty(self.mix_geometry.weight_shape()))
         self.up = nn.Parameter(torch.zeros(self.up_geometry.weight_shape()))
         self.scale = nn.Parameter(torch.full((1,), options.scale))
@@ -102,7 +103,7 @@ class RepMona(Adapter):
 
     def _scales(self, hidden: Tensor) -> Tensor:
         """Return the sum of the branches: one pass with the sum of their kernels where no norm is in between."""
-        if self.together is None or self.options.branch_norm:
+        if self.together is None:
             return reduce(torch.add, [branch(hidden) for branch in self.branches])
         kernel = reduce(torch.add, [self._place(branch.weight, self.together.kernel_size) for branch in self.branches])
         return self.together.convolve(hidden, kernel)
