@@ -1,7 +1,8 @@
-"""Take convpeft and peft through the same steps on every family of the zoo, and write the tables of docs/detectors.md.
+"""Take convpeft, peft and LyCORIS through the same steps on every family of the zoo, and write docs/detectors.md.
 
-``python -m benchmarks.detectors`` runs everything; ``--families timm-resnet smp-unet`` prints tables of those alone.
-The families are in tests/detectors/zoo.py, the steps in tests/detectors/steps.py, where the tests run them too.
+``python -m benchmarks.detectors`` runs everything; ``--families timm-resnet smp-unet`` prints the table of those alone.
+The families are in tests/detectors/zoo, the steps in tests/detectors/steps.py, where the tests run them too; how peft
+and LyCORIS are used is in benchmarks/peers.py.
 """
 
 from __future__ import annotations
@@ -17,86 +18,45 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import convpeft
-from tests.detectors.steps import RANK, SPEC, STEPS, Bench, Convpeft, Library, built, every_layer, layers_of
+from benchmarks.peers import LycorisLora, PeftLora
+from tests.detectors.steps import RANK, STEPS, Bench, Convpeft, Library, built, every_layer
 from tests.detectors.zoo import FAMILIES
 
 PAGE = Path(__file__).parent.parent / "docs" / "detectors.md"
-PACKAGES = ("torch", "torchvision", "timm", "segmentation-models-pytorch", "effdet", "peft")
+PACKAGES = (
+    *("torch", "torchvision", "transformers", "ultralytics", "libreyolo", "effdet", "timm"),
+    *("segmentation-models-pytorch", "peft", "lycoris-lora"),
+)
+MARKS = {True: "✓", False: "✗"}
+Step = Callable[[Bench], None]
 
 
-class PeftLora:
-    """peft's LoRA through the steps' eyes: every layer by name, or those it accepts when it refuses some.
-
-    Args:
-        all_layers: insist on every layer, so that a refusal shows.
-    """
-
-    def __init__(self, all_layers: bool = False) -> None:
-        self.all_layers = all_layers
-
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Return the model with peft's layers in it; the wrapper that peft needs later rides along."""
-        from peft import LoraConfig, get_peft_model
-
-        names = sorted(layers_of(model))
-        if not self.all_layers:
-            layers = {name: model.get_submodule(name) for name in names}
-            names = [name for name, layer in layers.items() if RANK % getattr(layer, "groups", 1) == 0]
-        self.wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
-        return self._base(self.wrapped)
-
-    def _base(self, wrapped: nn.Module) -> nn.Module:
-        base = wrapped.get_base_model()
-        base.__dict__["_peft_wrapped"] = wrapped
-        return base
-
-    def adapted(self, model: nn.Module) -> set[str]:
-        """Return the names of the layers that have an adapter."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        return {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-
-    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """Return both factors of every LoRA."""
-        return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
-
-    def save(self, model: nn.Module, path: Path) -> None:
-        """Write peft's own folder beside ``path``."""
-        model.__dict__["_peft_wrapped"].save_pretrained(path.parent / "peft")
-
-    def load(self, model: nn.Module, path: Path) -> nn.Module:
-        """Return the model with the adapters of that folder."""
-        from peft import PeftModel
-
-        return self._base(PeftModel.from_pretrained(model, path.parent / "peft"))
-
-    def merge(self, model: nn.Module) -> nn.Module:
-        """Return the base with the adapters merged."""
-        return model.__dict__["_peft_wrapped"].merge_and_unload()
-
-    def eject(self, model: nn.Module) -> nn.Module:
-        """Return the base without adapters."""
-        return model.__dict__["_peft_wrapped"].unload()
-
-
-def convpeft_for(step: Callable[[Bench], None]) -> Library:
+def convpeft_for(step: Step) -> Library:
     """Return convpeft, for any step."""
     return Convpeft()
 
 
-def peft_for(step: Callable[[Bench], None]) -> Library:
-    """Return peft: on every layer where that is the question, else on those it accepts."""
+def peft_for(step: Step) -> Library:
+    """Return peft: on every layer where that is the question, else on those it can adapt."""
     return PeftLora(all_layers=step is every_layer)
 
 
-LIBRARIES: dict[str, Callable[[Callable[[Bench], None]], Library]] = {"convpeft": convpeft_for, "peft": peft_for}
+def lycoris_for(step: Step) -> Library:
+    """Return LyCORIS: on every layer where that is the question, else on those it can adapt."""
+    return LycorisLora(all_layers=step is every_layer)
 
 
-def judge(name: str, library: str, step: Callable[[Bench], None]) -> str | None:
+LIBRARIES: dict[str, Callable[[Step], Library]] = {
+    "convpeft": convpeft_for,
+    "peft": peft_for,
+    "LyCORIS": lycoris_for,
+}
+
+
+def judge(name: str, library: str, step: Step) -> str | None:
     """Return None where a library passes a step on a family, else why it does not, in one line."""
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -124,97 +84,165 @@ def run(names: Sequence[str]) -> Results:
     return results
 
 
-def tables(results: Results, library: str) -> str:
-    """Return a library's results as a Markdown table, and its failures below."""
+def table(results: Results) -> str:
+    """Return all results as one Markdown table: in each cell a mark for each library, in the order of ``LIBRARIES``."""
     names = list(dict.fromkeys(name for _, name, _ in results))
     lines = [f"| family | {' | '.join(STEPS)} |", f"| --- |{' :---: |' * len(STEPS)}"]
     for name in names:
-        cells = ["yes" if results[library, name, step] is None else "**no**" for step in STEPS]
+        cells = ["".join(MARKS[results[library, name, step] is None] for library in LIBRARIES) for step in STEPS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    failures: dict[str, dict[str, list[str]]] = {}
-    for name in names:
-        for step in STEPS:
-            reason = results[library, name, step]
-            if reason is not None:
-                failures.setdefault(_general(reason), {}).setdefault(name, []).append(step)
-    if failures:
-        lines += ["", "What failed:", ""]
-    for reason, where in failures.items():
+    counts = [
+        " · ".join(str(sum(results[library, name, step] is None for name in names)) for library in LIBRARIES)
+        for step in STEPS
+    ]
+    return "\n".join([*lines, f"| **of {len(names)}** | {' | '.join(counts)} |"])
+
+
+def failures(results: Results, library: str) -> str:
+    """Return why a library fails where it does, as a Markdown list: what raised, or what the step found."""
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for (owner, name, step), reason in results.items():
+        if owner == library and reason is not None:
+            reasons.setdefault(_general(reason), {}).setdefault(name, []).append(step)
+    lines = []
+    for reason, where in reasons.items():
         by_steps: dict[tuple[str, ...], list[str]] = {}
         for name, steps in where.items():
             by_steps.setdefault(tuple(steps), []).append(name)
         places = "; ".join(f"*{', '.join(steps)}* of {', '.join(names)}" for steps, names in by_steps.items())
         lines.append(f"- {places}: `{reason}`")
-    return "\n".join(lines)
+    return "\n".join(lines) or "Nothing failed."
 
 
 def _general(reason: str) -> str:
     """Return a reason without what differs from family to family, its first two sentences at most."""
-    reason = re.sub(r"difference [\d.e+-]+ at scale [\d.e+-]+", "difference", reason).replace("`", "'")
     reason = re.sub(r"groups=\d+", "groups=G", reason)
-    return ". ".join(reason.split(". ")[:2]).rstrip(".")
+    reason = re.sub(r"tensor (a|b) \(\d+\)", r"tensor \1 (N)", reason)
+    reason = re.sub(r"handled for \w+Model", "handled for ...Model", reason)
+    return ". ".join(reason.replace("`", "'").split(". ")[:2]).rstrip(".")
 
 
 def sizes(names: Sequence[str]) -> str:
-    """Return what the spec adds to each family, as a Markdown table."""
+    """Return what LoRA on every adaptable layer adds to each family, as a Markdown table."""
     lines = [
         "| family | layers | base parameters | adapter parameters | share |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name in names:
-        plan = convpeft.plan(built(name).model, SPEC)
-        lines.append(f"| {name} | {_size(plan)}")
-    return "\n".join(lines)
+        subject = built(name)
+        lines.append(_size(name, convpeft.plan(subject.model, Convpeft().spec(subject))))
+    return "\n".join([*lines, *full_sizes()])
 
 
-def _size(plan: convpeft.Plan) -> str:
+def full_sizes() -> list[str]:
+    """Return rows for SSDLite and D-FINE as their users run them, with rank 4."""
+    from transformers import DFineConfig, DFineForObjectDetection
+
+    everything = {"rules": [{"match": "**", "kind": "lora", "rank": 4}]}
+    convolutions = {"rules": [{"match": "**", "kind": "lora", "rank": 4, "only": ["Conv2d"]}]}
+    ssdlite, d_fine = built("torchvision-ssdlite").model, DFineForObjectDetection(DFineConfig())
+    return [
+        _size("SSDLite320-MobileNetV3, all layers, rank 4", convpeft.plan(ssdlite, everything)),
+        _size("D-FINE at its default size, all convolutions, rank 4", convpeft.plan(d_fine, convolutions)),
+        _size("D-FINE at its default size, all layers, rank 4", convpeft.plan(d_fine, everything)),
+    ]
+
+
+def _size(name: str, plan: convpeft.Plan) -> str:
     share = 100 * plan.adapter_parameters / plan.base_parameters
-    return f"{len(plan.layers)} | {plan.base_parameters:,} | {plan.adapter_parameters:,} | {share:.1f} % |"
+    counts = f"{len(plan.layers)} | {plan.base_parameters:,} | {plan.adapter_parameters:,}"
+    return f"| {name} | {counts} | {share:.1f} % |"
+
+
+def exceptions(names: Sequence[str]) -> str:
+    """Return which families' one rule leaves layers out, as a Markdown list."""
+    by_patterns: dict[str, list[str]] = {}
+    for name in names:
+        for pattern in built(name).bare:
+            by_patterns.setdefault(pattern, []).append(name)
+    return "\n".join(f"- `!{pattern}`: {', '.join(where)}" for pattern, where in by_patterns.items())
 
 
 def page(results: Results) -> str:
     """Return the whole of docs/detectors.md."""
-    rank_4 = {"rules": [{"match": "**", "kind": "lora", "rank": 4}]}
-    ssdlite = convpeft.plan(built("torchvision-ssdlite").model, rank_4)
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     steps = "\n".join(
         f"- **{name}**: {(step.__doc__ or '').strip().replace('``', '`')}" for name, step in STEPS.items()
     )
-    return f"""# Detectors
+    return PAGE_TEXT.format(
+        rank=RANK,
+        steps=steps,
+        versions=versions,
+        exceptions=exceptions(list(FAMILIES)),
+        table=table(results),
+        convpeft=failures(results, "convpeft"),
+        peft=failures(results, "peft"),
+        lycoris=failures(results, "LyCORIS"),
+        sizes=sizes(list(FAMILIES)),
+    )
 
-`python -m benchmarks.detectors` wrote this page. Each family is built offline with random weights, in its smallest
-usual size, and taken through the steps that the tests run (`tests/detectors`). The whole spec is one rule:
+
+PAGE_TEXT = """# Detectors
+
+`python -m benchmarks.detectors` wrote this page. Each family is built offline from its configuration with random
+weights, small, and taken through the steps that the tests run (`tests/detectors`). The whole spec is one rule:
 
 <!-- spec -->
 ```yaml
 version: 1
 rules:
-  - {{match: "**", kind: lora, rank: {RANK}}}
+  - {{match: "**", kind: lora, rank: {rank}}}
 ```
+
+Some families add a pattern of what must stay, be it a fixed sum over bins that is written as a convolution (`dfl`), or
+a layer whose weight `nn.MultiheadAttention` reads by itself, which convpeft refuses (`out_proj`). peft and LyCORIS leave
+out the same layers.
+
+{exceptions}
+
+What the steps ask:
 
 {steps}
 
 Versions: {versions}.
 
-## convpeft
+## Results
 
-{tables(results, "convpeft")}
+In each cell: convpeft, `peft`'s LoRA, LyCORIS's LoCon, all of the same rank in the same run; ✓ passes, ✗ fails. The
+last row counts the families that pass.
 
-## peft
+{table}
 
-`peft`'s LoRA of the same rank in the same run. Where it refuses some layers, only *every layer* counts that; the other
-steps run with an adapter on the layers it accepts (those whose groups divide the rank). It leaves BatchNorm to the
-training loop, so statistics move in training mode.
+The tests also put Rep-MoNA on every convolution of each family: the same bits at the start, and a plain merged model that
+is equal to 1e-12 in float64.
 
-{tables(results, "peft")}
+## What failed
+
+Each library is at its best setting: where it refuses some layers or crashes on them, only *every layer* counts that, and
+the other steps run on the layers it can adapt. How they are used is in `benchmarks/peers.py`.
+
+**convpeft.** {convpeft}
+
+**peft.** Left out where it is not about every layer: convolutions whose groups do not divide the rank, and dilated ones.
+A model of transformers that has no word embeddings is told to say so, as peft's message asks. A layer that several
+levels of a head share, as RTMDet's, is wrapped in one of its places alone, and a merge changes the others too; a model
+whose `config` is a plain string, as some of libreyolo's are, does not merge. BatchNorm is left to the training loop, so
+statistics move in training mode.
+
+{peft}
+
+**LyCORIS.** Left out where it is not about every layer: convolutions with a forward of their own, such as `Conv2dSame`,
+whose padding it does not know. The base is frozen by hand. BatchNorm is left to the training loop as well.
+
+{lycoris}
 
 ## Sizes
 
-What the one rule adds at rank {RANK}. A depthwise layer's adapter is about as large as the layer, at any rank, so depthwise
-families pay a floor. SSDLite at rank 4: {ssdlite.adapter_parameters:,} adapter parameters beside
-{ssdlite.base_parameters:,}, {100 * ssdlite.adapter_parameters / ssdlite.base_parameters:.1f} %.
+What the one rule adds at rank {rank} to the small models above, and at rank 4 to two whole ones. A depthwise layer's
+adapter is about as large as the layer, at any rank, so depthwise families pay a floor; a small model's layers may be
+narrower than an adapter.
 
-{sizes(list(FAMILIES))}
+{sizes}
 """
 
 
@@ -230,8 +258,9 @@ def main() -> None:
         parser.error(f"not installed: {', '.join(sorted(missing))}; pip install 'convpeft[detectors]'")
     results = run(names)
     if chosen:
+        print(table(results))
         for library in LIBRARIES:
-            print(f"{library}\n\n{tables(results, library)}\n")
+            print(f"\n{library}\n\n{failures(results, library)}")
         return
     PAGE.write_text(page(results), encoding="utf-8")
     print(f"wrote {PAGE}")

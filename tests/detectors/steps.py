@@ -17,25 +17,24 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import convpeft
+from convpeft.matching import matches
 
 from ..cases import assert_relative, bits, same_bits
 from .zoo import FAMILIES, Subject
 
 RANK = 2
-SPEC = {"rules": [{"match": "**", "kind": "lora", "rank": RANK}]}
+LORA = {"kind": "lora", "rank": RANK}
+SLOT = ".convpeft.default"  # what convpeft adds to a layer's name for its adapter
 
 
 class Library(Protocol):
     """What the steps ask of a library; ``model`` is what ``attach`` returned."""
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Return the model with an adapter on every convolution and linear layer, to be run like the bare one."""
+    def attach(self, model: nn.Module, subject: Subject) -> nn.Module:
+        """Return a copy of the subject's model with an adapter on every adaptable layer, to be run like the bare one."""
 
-    def adapted(self, model: nn.Module) -> set[str]:
-        """Return the names, in the bare model, of the layers that have an adapter."""
-
-    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """Return the adapters' parameters."""
+    def adapters(self, model: nn.Module) -> dict[str, list[nn.Parameter]]:
+        """Return the adapters' parameters, by the names in the bare model of the layers that have one."""
 
     def save(self, model: nn.Module, path: Path) -> None:
         """Write the adapters."""
@@ -51,21 +50,22 @@ class Library(Protocol):
 
 
 class Convpeft:
-    """convpeft through the steps' eyes: one short spec, LoRA on everything."""
+    """convpeft through the steps' eyes: one rule, LoRA on everything unless told otherwise."""
 
-    def __init__(self, spec: dict[str, Any] | None = None) -> None:
-        self.spec = SPEC if spec is None else spec
+    def __init__(self, rule: dict[str, Any] | None = None) -> None:
+        self.rule = LORA if rule is None else rule
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        convpeft.inject(model, self.spec)
+    def spec(self, subject: Subject) -> dict[str, Any]:
+        """Return the whole spec: one rule."""
+        return {"rules": [{"match": subject.match, **self.rule}]}
+
+    def attach(self, model: nn.Module, subject: Subject) -> nn.Module:
+        convpeft.inject(model, self.spec(subject))
         return model
 
-    def adapted(self, model: nn.Module) -> set[str]:
-        names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-        return {name.removesuffix(".convpeft.default") for name in names if name.endswith(".convpeft.default")}
-
-    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        return [parameter for group in convpeft.param_groups(model, lr=1.0) for parameter in group["params"]]
+    def adapters(self, model: nn.Module) -> dict[str, list[nn.Parameter]]:
+        slots = [(name, module) for name, module in model.named_modules() if name.endswith(SLOT)]
+        return {name.removesuffix(SLOT): list(module.parameters()) for name, module in slots}
 
     def save(self, model: nn.Module, path: Path) -> None:
         convpeft.save_adapter(model, path)
@@ -107,29 +107,50 @@ class Bench:
 
     def attached(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return a copy with adapters, in eval mode."""
-        return self.library.attach(self.bare(dtype)).eval()
+        return self.library.attach(self.bare(dtype), self.subject).eval()
 
     def scrambled(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Return a copy with adapters that change what the model computes, and do not blow it up."""
-        model = self.attached(dtype)
+        """Return a copy with adapters that change what the model computes."""
+        return self.scramble(self.attached(dtype))
+
+    def scramble(self, model: nn.Module) -> nn.Module:
+        """Move the adapters as training might, enough to be felt and not so far that outputs blow up, in place.
+
+        Those of layers that take no part in the loss stay as they are, since no training moves them.
+        """
         generator = torch.Generator().manual_seed(3)
+        unlearned = self.named(self.subject.unlearned)
         with torch.no_grad():
-            for parameter in self.library.parameters(model):
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+            for name, own in self.library.adapters(model).items():
+                for parameter in own if name not in unlearned else ():
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
         return model
+
+    def named(self, patterns: tuple[str, ...]) -> set[str]:
+        """Return the layers that the patterns mean; each pattern must mean one at least."""
+        layers = layers_of(self.subject.model)
+        found = {pattern: {name for name in layers if matches(pattern, name)} for pattern in patterns}
+        assert all(found.values()), found
+        return set().union(*found.values())
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return the parameters of all adapters."""
+        return [parameter for each in self.library.adapters(model).values() for parameter in each]
 
     def raw(self, model: nn.Module) -> list[Tensor]:
         """Return a model's outputs for one image, before thresholds and suppression."""
         with torch.no_grad():
-            return tree_leaves(self.subject.raw(model, self.subject.images().to(next(model.parameters()).dtype)))
+            return tensors(self.subject.raw(model, self.subject.images().to(next(model.parameters()).dtype)))
 
     def outputs(self, model: nn.Module) -> list[Tensor]:
         """Return raw outputs and predictions for one image."""
-        raw = self.raw(model)
-        if self.subject.predict is self.subject.raw:
-            return raw
         with torch.no_grad():
-            return [*raw, *tree_leaves(self.subject.predict(model, self.subject.images()))]
+            return self.raw(model) + tensors(self.subject.predict(model, self.subject.images()))
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """Return all tensors in what a model returned."""
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def layers_of(model: nn.Module) -> set[str]:
@@ -158,62 +179,77 @@ def changed(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def every_layer(bench: Bench) -> None:
-    """One rule puts an adapter on every convolution and linear layer."""
-    bare = bench.bare()
-    wanted = layers_of(bare)
-    without = wanted - bench.library.adapted(bench.library.attach(bare))
+    """One rule puts an adapter on every adaptable convolution and linear layer, and the model runs."""
+    model = bench.attached()
+    wanted = layers_of(bench.subject.model) - bench.named(bench.subject.bare)
+    without = wanted - set(bench.library.adapters(model))
     assert not without, f"{len(without)} layers have no adapter"
+    bench.raw(model)
 
 
 def identity(bench: Bench) -> None:
     """A fresh adapter changes no bit of any output."""
     model = bench.attached()
-    assert bench.library.parameters(model), "no adapters"
+    assert bench.library.adapters(model), "no adapters"
     same(bench.outputs(model), bench.outputs(bench.bare()))
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A model after one step with its own loss, and all tensors of it and of its adapters before that step."""
+
+    model: nn.Module
+    before: dict[str, Tensor]
+    adapters_before: dict[str, list[Tensor]]
+
+
 @lru_cache(maxsize=1)  # three steps look at the same training step
-def _trained(bench: Bench) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
-    """Return a model after one step with its own loss, and all its tensors before and after."""
+def trained(bench: Bench) -> Trained:
+    """Return a model that took one step with its own loss."""
     model = bench.attached().train()
-    parameters = bench.library.parameters(model)
-    before = bits(model)
+    adapters = {name: [each.detach().clone() for each in own] for name, own in bench.library.adapters(model).items()}
+    result = Trained(model, bits(model), adapters)
     torch.manual_seed(0)
     loss = bench.subject.loss(model, bench.subject.images(2))
     assert torch.isfinite(loss), f"the loss is {loss}"
     loss.backward()
-    torch.optim.SGD(parameters, lr=0.1).step()
-    return model, before, bits(model)
+    torch.optim.SGD(bench.parameters(model), lr=0.1).step()
+    return result
 
 
 def training_step(bench: Bench) -> None:
-    """The model's own loss, in training mode, moves the adapter of every layer."""
-    model, before, after = _trained(bench)
-    for parameter in bench.library.parameters(model):
-        assert parameter.grad is not None, "an adapter got no gradient"
-        assert parameter.grad.isfinite().all(), "a gradient is not finite"
-    moved = [name for name in before if not torch.equal(before[name], after[name])]
-    still = [name for name in bench.library.adapted(model) if not any(key.startswith(name + ".") for key in moved)]
-    assert not still, f"adapters that did not move: {sorted(still)}"
+    """The model's own loss, in training mode, moves the adapter of every layer that takes part in it."""
+    done, subject = trained(bench), bench.subject
+    adapters = bench.library.adapters(done.model)
+    unlearned = bench.named(subject.unlearned)
+    for name in adapters.keys() - unlearned:
+        for parameter in adapters[name]:
+            assert parameter.grad is not None, "an adapter got no gradient"
+            assert parameter.grad.isfinite().all(), "a gradient is not finite"
+    still = {name for name, own in adapters.items() if all(map(torch.equal, own, done.adapters_before[name]))}
+    expected = (unlearned | bench.named(subject.still)) & adapters.keys()
+    assert still <= expected, f"adapters that did not move: {sorted(still - expected)}"
+    assert still == expected, f"adapters that moved against what the zoo says: {sorted(expected - still)}"
 
 
 def only_adapters_train(bench: Bench) -> None:
     """No parameter of the base wants or gets a gradient, and none changes."""
-    model, before, after = _trained(bench)
-    adapters = {id(parameter) for parameter in bench.library.parameters(model)}
-    for name, parameter in model.named_parameters():
+    done = trained(bench)
+    adapters = {id(parameter) for parameter in bench.parameters(done.model)}
+    after = bits(done.model)
+    for name, parameter in done.model.named_parameters():
         if id(parameter) not in adapters:
             assert not parameter.requires_grad, f"{name} is trained"
             assert parameter.grad is None, f"{name} got a gradient"
-            assert torch.equal(before[name], after[name]), f"{name} changed"
+            assert torch.equal(done.before[name], after[name]), f"{name} changed"
 
 
 def norms_held(bench: Bench) -> None:
     """BatchNorm statistics stay, through ``train()`` and a training step."""
-    model, before, after = _trained(bench)
-    moved = [key for key, _ in model.named_buffers() if key in before and not torch.equal(before[key], after[key])]
-    assert not moved, "running statistics changed"
-    assert not any(norm.training for norm in norms_of(model)), "a BatchNorm is in training mode"
+    done = trained(bench)
+    buffers = [(key, buffer) for key, buffer in done.model.named_buffers() if key in done.before]
+    assert all(torch.equal(done.before[key], buffer) for key, buffer in buffers), "running statistics changed"
+    assert not any(norm.training for norm in norms_of(done.model)), "a BatchNorm is in training mode"
 
 
 def save_and_load(bench: Bench) -> None:
@@ -228,14 +264,17 @@ def save_and_load(bench: Bench) -> None:
 
 def merge(bench: Bench) -> None:
     """In float64 the merged model is plain, and computes what the adapted one does to 1e-12 of the largest output."""
-    model, bare = bench.scrambled(torch.float64), bench.bare(torch.float64)
+    merges(bench, bench.scrambled(torch.float64), bench.bare(torch.float64))
+
+
+def merges(bench: Bench, model: nn.Module, bare: nn.Module) -> None:
+    """Compare a model with its merged self, module by module and output by output."""
     expected = bench.raw(model)
     changed(expected, bench.raw(bare))
     merged = bench.library.merge(model).eval()
     for name, module in bare.named_modules():
-        assert type(merged.get_submodule(name)) is type(module), (
-            f"{name} is a {type(merged.get_submodule(name)).__name__}"
-        )
+        found = type(merged.get_submodule(name))
+        assert found is type(module), f"{name} is a {found.__name__}"
     for actual, tensor in zip(bench.raw(merged), expected, strict=True):
         assert_relative(actual, tensor)
 

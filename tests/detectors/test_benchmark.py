@@ -6,23 +6,20 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from benchmarks import detectors
+from benchmarks import detectors, peers
 
-from .steps import STEPS
-from .zoo import FAMILIES
+from .conftest import BenchOf
+from .steps import STEPS, built
+from .zoo import FAMILIES, Subject
 
 PAGE = (Path(__file__).parents[2] / "docs" / "detectors.md").read_text(encoding="utf-8")
 FAMILY = "timm-mobilenetv4"
-
-
-def needs_timm() -> None:
-    if FAMILIES[FAMILY].missing:
-        pytest.skip("timm is not installed")
+TF_FAMILY = "timm-efficientnet-tf"
 
 
 def test_a_pass_has_no_reason_and_a_failure_has_one_line() -> None:
-    needs_timm()
     assert detectors.judge(FAMILY, "convpeft", STEPS["every layer"]) is None
     reason = detectors.judge(FAMILY, "peft", STEPS["every layer"])
     assert reason is not None
@@ -30,24 +27,75 @@ def test_a_pass_has_no_reason_and_a_failure_has_one_line() -> None:
     assert "\n" not in reason
 
 
-def test_peft_is_judged_on_the_layers_it_accepts_in_the_other_steps() -> None:
-    needs_timm()
-    for step in ("identity at start", "save and load", "merge", "eject"):
-        assert detectors.judge(FAMILY, "peft", STEPS[step]) is None
-    assert detectors.judge(FAMILY, "peft", STEPS["BatchNorm held"]) == "AssertionError: running statistics changed"
+@pytest.mark.parametrize(("library", "family"), [("peft", FAMILY), ("LyCORIS", FAMILY), ("LyCORIS", TF_FAMILY)])
+def test_others_are_judged_on_the_layers_they_can_adapt_in_the_other_steps(library: str, family: str) -> None:
+    results = {step: detectors.judge(family, library, STEPS[step]) for step in list(STEPS)[1:]}
+    assert results.pop("BatchNorm held") == "AssertionError: running statistics changed"
+    assert set(results.values()) == {None}
 
 
-def test_a_table_has_a_row_for_each_family_and_says_below_what_failed() -> None:
+def test_lycoris_crashes_on_a_convolution_that_pads_by_itself_and_takes_every_other_layer() -> None:
+    assert detectors.judge(FAMILY, "LyCORIS", STEPS["every layer"]) is None
+    reason = detectors.judge(TF_FAMILY, "LyCORIS", STEPS["every layer"])
+    assert reason is not None
+    assert "must match the size of tensor" in reason
+    model, subject = built(TF_FAMILY).model, built(TF_FAMILY)
+    layers = peers.adaptable(model, subject)
+    left_out = {name for name, layer in layers.items() if not peers.LycorisLora()._accepts(layer)}
+    assert left_out == {name for name, layer in layers.items() if type(layer).__name__ == "Conv2dSame"}
+
+
+def test_others_get_no_layer_that_convpeft_leaves_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1), nn.ReLU())
+    subject = Subject(model, lambda model, images: images.sum(), bare=("1",))
+    assert list(peers.adaptable(model, subject)) == ["0"]
+    for library in (peers.PeftLora(), peers.LycorisLora()):
+        assert library.adapters(library.attach(nn.Sequential(*model), subject)).keys() == {"0"}
+
+
+def test_a_merge_of_peft_that_changes_outputs_is_seen(bench_of: BenchOf) -> None:
+    """RTMDet's levels share convolutions, and peft wraps such a layer in one of its places alone."""
+    bench = bench_of("libreyolo-rtmdet", peers.PeftLora())
+    shared = [name for name, module in bench.subject.model.named_modules(remove_duplicate=False) if "cls_convs" in name]
+    assert len(shared) > len({id(bench.subject.model.get_submodule(name)) for name in shared})
+    with pytest.raises(AssertionError, match="largest difference"):
+        STEPS["merge"](bench)
+
+
+def test_a_table_has_a_mark_for_each_library_and_counts_below() -> None:
+    results = {
+        (library, name, step): None for library in detectors.LIBRARIES for name in ("one", "two") for step in STEPS
+    }
+    results["peft", "two", "merge"] = results["LyCORIS", "two", "merge"] = "ValueError: no"
+    results["LyCORIS", "one", "merge"] = "ValueError: no"
+    lines = detectors.table(results).splitlines()
+    assert lines[2] == "| one | " + " | ".join("✓✓✗" if step == "merge" else "✓✓✓" for step in STEPS) + " |"
+    assert lines[3] == "| two | " + " | ".join("✓✗✗" if step == "merge" else "✓✓✓" for step in STEPS) + " |"
+    assert (
+        lines[4]
+        == "| **of 2** | " + " | ".join("2 · 1 · 0" if step == "merge" else "2 · 2 · 2" for step in STEPS) + " |"
+    )
+
+
+def test_reasons_are_listed_once_with_where_they_held() -> None:
     results: detectors.Results = {("x", name, step): None for name in ("one", "two") for step in STEPS}
+    assert detectors.failures(results, "x") == "Nothing failed."
     results["x", "two", "merge"] = results["x", "two", "eject"] = "ValueError: groups=7 is odd. It is. And more."
-    lines = detectors.tables(results, "x").splitlines()
-    assert lines[2] == "| one |" + " yes |" * len(STEPS)
-    assert lines[3].count("**no**") == 2
-    assert lines[-1] == "- *merge, eject* of two: `ValueError: groups=G is odd. It is`"
+    assert detectors.failures(results, "x") == "- *merge, eject* of two: `ValueError: groups=G is odd. It is`"
+    assert detectors.failures(results, "y") == "Nothing failed."
 
 
 def test_the_page_is_about_every_family_and_step_and_convpeft_passes_all() -> None:
-    ours = PAGE.split("## convpeft")[1].split("## peft")[0]
-    header, _, *rows = [line.strip("| ").split(" | ") for line in ours.splitlines() if line.startswith("|")]
+    part = PAGE.split("## Results")[1].split("## What failed")[0]
+    header, _, *rows, counts = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("|")]
     assert header == ["family", *STEPS]
-    assert rows == [[name, *["yes"] * len(STEPS)] for name in FAMILIES]
+    assert [name for name, *_ in rows] == list(FAMILIES)
+    assert all(re.fullmatch("✓[✓✗]{2}", cell) for _, *cells in rows for cell in cells)
+    assert all(cell.startswith(f"{len(FAMILIES)} · ") for cell in counts[1:])
+
+
+def test_the_page_says_that_whole_models_take_lora_under_a_tenth_of_their_parameters() -> None:
+    rows = [line for line in PAGE.splitlines() if "rank 4 |" in line]
+    assert len(rows) == 3
+    for row in rows:
+        assert float(row.split("|")[5].removesuffix(" % ")) < 10

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,67 +11,66 @@ from torch import nn
 
 import convpeft
 
-from ..cases import assert_relative, randomised
-from .steps import STEPS, Bench, Convpeft, built, layers_of, merge
-from .zoo import FAMILIES, Family
+from ..cases import assert_relative, bits, same_bits
+from .conftest import BenchOf
+from .steps import STEPS, Bench, Convpeft, merges, same
+from .zoo import FAMILIES
 
-LORA = Convpeft()
-REP_MONA = {"match": "**", "kind": "rep_mona", "rank": 2, "kernel_sizes": [3, 5], "only": ["Conv2d"]}
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
-
-
-@pytest.fixture
-def bench(family: Family, tmp_path: Path) -> Bench:
-    if family.missing:
-        pytest.skip(f"needs {', '.join(family.missing)}: pip install 'convpeft[detectors]'")
-    return Bench(family.name, LORA, tmp_path)
+REP_MONA = Convpeft({"kind": "rep_mona", "rank": 2, "kernel_sizes": [3, 5], "only": ["Conv2d"]})
+families = pytest.mark.parametrize("family", FAMILIES)
+one_of_each_codebase = pytest.mark.parametrize("family", {name.split("-")[0]: name for name in FAMILIES}.values())
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=[name.replace(" ", "-") for name in STEPS])
 @families
-def test_lora_on_every_layer(bench: Bench, step: Callable[[Bench], None]) -> None:
-    step(bench)
-
-
-@pytest.mark.slow
-@families
-def test_rep_mona_on_every_convolution_merges(bench: Bench) -> None:
-    merge(Bench(bench.name, Convpeft({"rules": [REP_MONA]}), bench.folder))
+def test_lora_on_every_layer(family: str, step: Callable[[Bench], None], bench_of: BenchOf) -> None:
+    step(bench_of(family))
 
 
 @families
-def test_a_layer_that_cannot_merge_is_named_and_stays(bench: Bench) -> None:
-    bare = bench.bare(torch.float64)
-    first, *_, last = [name for name, m in bare.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
-    rules = [
-        {"match": last, "kind": "moe_rep_mona", "rank": 4, "kernel_sizes": [1, 3]},
-        {"match": first, "kind": "lora"},
-    ]
-    model = Bench(bench.name, Convpeft({"rules": rules}), bench.folder).scrambled(torch.float64)
+def test_rep_mona_on_every_convolution(family: str, bench_of: BenchOf) -> None:
+    bench = bench_of(family, REP_MONA)
+    model, bare = bench.attached(torch.float64), bench.bare(torch.float64)
+    convolutions = {name for name, module in bare.named_modules() if isinstance(module, nn.Conv2d)}
+    assert REP_MONA.adapters(model).keys() == convolutions - bench.named(bench.subject.bare)
+    same(bench.raw(model), bench.raw(bare))
+    merges(bench, bench.scramble(model), bare)
+
+
+@families
+def test_check_names_the_layers_that_take_no_part_in_inference(family: str, bench_of: BenchOf) -> None:
+    bench = bench_of(family)
+    report = convpeft.check(bench.attached(), *bench.subject.arguments(bench.subject.images()))
+    assert {layer.removesuffix(": default") for layer in report.never_called} == bench.named(bench.subject.idle)
+
+
+@one_of_each_codebase
+def test_a_deep_copy_keeps_the_adapter_and_is_another_model(family: str, bench_of: BenchOf) -> None:
+    """As an average of the weights over training makes one."""
+    bench = bench_of(family)
+    model = bench.scrambled()
+    expected, before = bench.raw(model), bits(model)
+    twin = copy.deepcopy(model)
+    same(bench.raw(twin), expected)
+    convpeft.eject(twin)
+    assert same_bits(bits(twin), bits(bench.subject.model))
+    assert same_bits(bits(model), before)
+    assert convpeft.active_adapters(model) == ("default",)
+
+
+@one_of_each_codebase
+def test_a_layer_that_cannot_merge_is_named_and_stays(family: str, bench_of: BenchOf) -> None:
+    bench = bench_of(family)
+    model = bench.bare(torch.float64)
+    plain = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups == 1]
+    first, *_, last = [name for name in plain if bench.subject.adapts(name)]
+    mixture = {"match": last, "kind": "moe_rep_mona", "rank": 4, "kernel_sizes": [1, 3]}
+    convpeft.inject(model, {"rules": [mixture, {"match": first, "kind": "lora"}]})
+    bench.scramble(model)
     with pytest.raises(convpeft.MergeError, match="1 of 2 layers cannot merge") as caught:
         convpeft.merge(model)
     assert list(caught.value.reasons) == [last]
     part = convpeft.merge(model, strict=False)
-    assert LORA.adapted(part) == {last}
+    assert Convpeft().adapters(part).keys() == {last}
     for actual, tensor in zip(bench.raw(part), bench.raw(model), strict=True):
         assert_relative(actual, tensor)
-
-
-def test_ssdlite_takes_lora_on_every_convolution_with_one_rule_under_a_tenth_of_its_parameters() -> None:
-    pytest.importorskip("torchvision", reason="torchvision is not installed")
-    model = built("torchvision-ssdlite").model
-    plan = convpeft.plan(model, {"rules": [{"match": "**", "kind": "lora", "rank": 4}]})
-    assert {layer.name for layer in plan.layers} == layers_of(model)
-    assert plan.adapter_parameters < 0.1 * plan.base_parameters
-
-
-def test_standardised_weights_are_refused_by_name() -> None:
-    """A normaliser-free network computes each convolution's weight anew; LoRA beside it works, and cannot be absorbed."""
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    model = timm.create_model("test_nfnet", num_classes=4).double().eval()
-    standardised = {name for name, module in model.named_modules() if "Std" in type(module).__name__}
-    convpeft.inject(model, LORA.spec)
-    assert standardised
-    refused = convpeft.plan_merge(randomised(model)).refused
-    assert set(refused) == standardised
-    assert all("Its forward is not the convolution of its weight alone" in reason for reason in refused.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 
 import convpeft
 
+from . import steps
 from .steps import STEPS, Bench, Convpeft
-from .zoo import FAMILIES
+from .zoo import Subject
 
 FAMILY = "timm-mobilenetv4"
 
@@ -24,33 +26,33 @@ def nudge(model: nn.Module, key: str, amount: float) -> nn.Module:
 
 
 class HalfAttached(Convpeft):
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: nn.Module, subject: Subject) -> nn.Module:
         convpeft.inject(model, {"rules": [{"match": "blocks.**", "kind": "lora", "rank": 2}]})
         return model
 
 
 class NotTheIdentity(Convpeft):
-    def attach(self, model: nn.Module) -> nn.Module:
-        return nudge(super().attach(model), "conv_stem.convpeft.default.up", 1e-3)
+    def attach(self, model: nn.Module, subject: Subject) -> nn.Module:
+        return nudge(super().attach(model, subject), "conv_stem.convpeft.default.up", 1e-3)
 
 
 class Deaf(Convpeft):
     """One adapter is there, but its layer never calls it."""
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        super().attach(model).get_submodule("conv_head.convpeft").active = ()
+    def attach(self, model: nn.Module, subject: Subject) -> nn.Module:
+        super().attach(model, subject).get_submodule("conv_head.convpeft").active = ()
         return model
 
 
 class Unfreezing(Convpeft):
-    def attach(self, model: nn.Module) -> nn.Module:
-        super().attach(model).get_submodule("conv_stem").weight.requires_grad_(True)
+    def attach(self, model: nn.Module, subject: Subject) -> nn.Module:
+        super().attach(model, subject).get_submodule("conv_stem").weight.requires_grad_(True)
         return model
 
 
 class LooseNorms(Convpeft):
-    def attach(self, model: nn.Module) -> nn.Module:
-        for module in super().attach(model).modules():
+    def attach(self, model: nn.Module, subject: Subject) -> nn.Module:
+        for module in super().attach(model, subject).modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.convpeft.held = False
         return model
@@ -115,11 +117,21 @@ CASES = [
 def test_a_step_fails_on_a_library_that_breaks_it(
     step: str, library: type[Convpeft], message: str, tmp_path: Path
 ) -> None:
-    if FAMILIES[FAMILY].missing:
-        pytest.skip("timm is not installed")
     with pytest.raises(AssertionError, match=message):
         STEPS[step](Bench(FAMILY, library(), tmp_path))
 
 
 def test_every_step_has_such_a_library() -> None:
     assert {step for step, _, _ in CASES} == set(STEPS)
+
+
+@pytest.mark.parametrize(
+    ("still", "message"), [("conv_stem", r"moved against what the zoo says: \['conv_stem'\]"), ("stem.**", r"set\(\)")]
+)
+def test_a_layer_that_the_zoo_wrongly_calls_still_is_seen(
+    still: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = replace(steps.built(FAMILY), still=(still,))
+    monkeypatch.setattr(steps, "built", lambda name: subject)
+    with pytest.raises(AssertionError, match=message):
+        STEPS["training step"](Bench(FAMILY, Convpeft(), tmp_path))
