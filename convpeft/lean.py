@@ -201,12 +201,9 @@ class Blank(NamedTuple):
         return cls(x.shape, x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
 
     def tensor(self, grad: Tensor) -> Tensor:
-        """Return a tensor of this shape, in the dtype and on the device of ``grad``."""
-        if self.channels_last:
-            return torch.empty(
-                self.shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last
-            )
-        return grad.new_empty(1).expand(self.shape)
+        """Return a tensor of this shape, in the dtype and on the device of ``grad``; its numbers are whatever was there."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return torch.empty(self.shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
 
 
 def normalise(layer: Any, x: Any) -> Tensor | None:

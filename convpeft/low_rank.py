@@ -58,6 +58,9 @@ class Conv(NamedTuple):
         return self.backward(grad, blank, weight, (True, False))[0]
 
 
+_POINTWISE = Conv((1, 1), (0, 0), (1, 1), 1)
+
+
 class Factors(NamedTuple):
     """One low-rank update, or several as one: ``B(A x)``, A on the host's own kernel, B 1x1 with any scale in it.
 
@@ -147,10 +150,14 @@ def factor_gradients(
     assert hidden is not None
     pointwise = Conv((1, 1), (0, 0), (1, 1), conv.groups)
     d_hidden, d_up = _pointwise_gradients(grad, hidden, up, pointwise)
+    dx = conv.input_gradient(grad, x, weight) if needs_input else None
+    inside = down.shape[2:] == (1, 1) and conv == _POINTWISE and d_hidden.numel() and d_hidden.is_contiguous()
+    if dx is not None and inside and dx.is_contiguous():
+        flat = dx.view(*dx.shape[:2], -1)
+        flat.baddbmm_(_over_batch(down.flatten(1).t(), dx.shape[0]), d_hidden.flatten(2))
+        return dx, conv.backward(d_hidden, x, down, (False, True))[1], d_up
     d_detour, d_down = conv.backward(d_hidden, x, down, (needs_input, True))
-    if not needs_input:
-        return None, d_down, d_up
-    return conv.input_gradient(grad, x, weight).add_(d_detour), d_down, d_up
+    return None if dx is None else dx.add_(d_detour), d_down, d_up
 
 
 def _pointwise_gradients(grad: Tensor, hidden: Tensor, up: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
