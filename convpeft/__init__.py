@@ -25,6 +25,7 @@ from .injection import active_adapters, disabled, eject, inject, plan, set_activ
 from .merging import MergePlan, merge, plan_merge
 from .planning import Plan
 from .registry import adapter_kinds, register_adapter
+from .per_sample import route
 from .spec import Rule, Spec, Unfreeze
 from .storage import inspect_adapter, load_adapter, save_adapter
 from .training import auxiliary_loss, param_groups, summary
@@ -71,6 +72,7 @@ __all__ = [
     "plan",
     "plan_merge",
     "register_adapter",
+    "route",
     "save_adapter",
     "set_active",
     "summary",

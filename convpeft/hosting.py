@@ -54,6 +54,7 @@ class Slots(nn.ModuleDict):
         shown: the owner whose values the module shows now, or None for the base's.
         held: keep this norm in eval mode whatever ``train()`` says.
         lean: keep for backward only what a frozen layer's gradients need.
+        router: deals the samples of a batch out to their adapters, inside ``convpeft.route``; else None.
         wanted_training: the mode last asked for while held.
     """
 
@@ -64,6 +65,7 @@ class Slots(nn.ModuleDict):
         self.shown: str | None = None
         self.held = False
         self.lean = False
+        self.router: Any = None
         self.wanted_training = True
         self.outputs: dict[str, int | str | None] = {}
 
@@ -106,6 +108,13 @@ class Adapted:
     adapted_from: ClassVar[type[nn.Module]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's own output with the active adapters added, for each sample its own inside ``route``."""
+        slots = self._modules[SLOT]  # type: ignore[attr-defined]
+        if slots.router is not None:
+            return slots.router.run(self, slots, args, kwargs)
+        return self.adapted_forward(*args, **kwargs)
+
+    def adapted_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's own output with the active adapters added."""
         slots = self._modules[SLOT]  # type: ignore[attr-defined]
         own, left = self._own(args[0] if args else kwargs.get("input"), slots)

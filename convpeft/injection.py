@@ -145,6 +145,8 @@ def copied_base(root: nn.Module, names: Iterable[str]) -> dict[str, hosting.Tens
 def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, lean: bool) -> None:
     """Put built parts into the model under ``name`` and make it the active adapter, in place, or change nothing."""
     state = find_state(root)
+    if state is not None:
+        switchable(state)
     modules = _unique(root)
     before = _Before(root, state, modules)
     if state is None:
@@ -255,6 +257,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     names = list(state.adapters) if name is None else [name]
     for each in names:
         record_of(state, each)
+    switchable(state)
     _switch(root, state, tuple(active for active in state.active if active not in names))
     for each in names:
         record = state.adapters.pop(each)
@@ -292,9 +295,11 @@ def set_active(model: nn.Module, names: str | Iterable[str] | None) -> None:
     Raises:
         UnknownAdapter: if a name is not in the model.
         AdapterConflict: if two of them bring their own values of the same tensors.
+        StateError: inside ``route``.
     """
     root, state = require_state(model)
-    _switch(root, state, _names(state, names))
+    switchable(state)
+    _switch(root, state, names_of(state, names))
     _train_only_active(root, state)
 
 
@@ -312,15 +317,16 @@ def using(model: nn.Module, names: str | Iterable[str] | None) -> Iterator[nn.Mo
         UnknownAdapter, AdapterConflict: as ``set_active`` does.
     """
     root, state = require_state(model)
+    switchable(state)
     before, trained = state.active, state.trained
-    _switch(root, state, _names(state, names))
+    _switch(root, state, names_of(state, names))
     try:
         yield model
     finally:
         if find_state(root) is state:  # else all was ejected inside
             _switch(root, state, tuple(name for name in before if name in state.adapters))
             if state.trained != trained:  # somebody switched inside for good, as they thought
-                _train_only(root, state, trained)
+                train_only(root, state, trained)
 
 
 def disabled(model: nn.Module) -> Any:
@@ -328,7 +334,13 @@ def disabled(model: nn.Module) -> Any:
     return using(model, None)
 
 
-def _names(state: ModelState, names: str | Iterable[str] | None) -> tuple[str, ...]:
+def switchable(state: ModelState) -> None:
+    """Raise a StateError inside ``route``, where samples have adapters of their own."""
+    if state.routed is not None:
+        raise StateError("the model is inside convpeft.route(...): leave that block before you change its adapters")
+
+
+def names_of(state: ModelState, names: str | Iterable[str] | None) -> tuple[str, ...]:
     wanted: tuple[Any, ...] = () if names is None else tuple(names) if _are_several(names) else (names,)
     for name in wanted:
         if not isinstance(name, str):
@@ -378,10 +390,10 @@ def _forget_compiled() -> None:
 
 def _train_only_active(root: nn.Module, state: ModelState) -> None:
     """Let exactly the active adapters' parameters, and their own values of unfrozen tensors, require gradients."""
-    _train_only(root, state, state.active)
+    train_only(root, state, state.active)
 
 
-def _train_only(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
+def train_only(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
     changed = dict.fromkeys(name for name in (*state.trained, *names) if name in state.adapters)
     state.trained = tuple(name for name in names if name in state.adapters)
     for name in changed:

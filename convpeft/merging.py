@@ -14,6 +14,7 @@ from . import hosting
 from .chains import hang, refuse_fusing, set_bias
 from .errors import GeometryError, MergeError, OptionError
 from .folding import Fold, fold_parts, put_folds
+from .injection import switchable
 from .merge_forms import Form, Job, Merged, probe, solve
 from .reports import table
 from .state import ATTRIBUTE, ModelState, adapter_at, module_at, require_state, slots_at
@@ -141,7 +142,7 @@ def merge(model: nn.Module, *, form: str = "auto", inplace: bool = False, strict
         MergeError: naming every layer that cannot merge, with its reason; the model is as it was.
         StateError: if nothing is injected (a merged model has no adapters left).
     """
-    require_state(model)
+    switchable(require_state(model)[1])
     _check_form(form)
     model = model if inplace else copy.deepcopy(model)
     root, state = require_state(model)

@@ -64,6 +64,7 @@ class ModelState:
         swapped: names of all modules whose class is swapped.
         norms: names of all BatchNorm-like modules.
         held: whether these are held in eval mode now; None before the first switch.
+        routed: names of the adapters that samples go through inside ``route``; else None.
     """
 
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
@@ -73,6 +74,12 @@ class ModelState:
     swapped: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
     held: bool | None = None
+    routed: tuple[str, ...] | None = None
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """Names of the adapters that take part in a forward pass now."""
+        return self.active if self.routed is None else self.routed
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

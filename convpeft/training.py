@@ -37,7 +37,7 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> l
     root, state = require_state(model)
     groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     seen: set[int] = set()
-    for name in state.active:
+    for name in state.running:
         for label, lr_mult, decays, parameter in _trainable(root, state, name):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
@@ -79,7 +79,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     if state is None:
         return total
     root, _ = require_state(model)
-    for name in state.active:
+    for name in state.running:
         for key in state.adapters[name].layers:
             loss = adapter_at(root, key, name).auxiliary_loss()
             if loss is not None:

@@ -173,7 +173,7 @@ def read_options(adapter: type[Adapter], raw: dict[str, Any]) -> tuple[AdapterOp
         raw: the rule's options as a spec file gives them; lists stand for tuples.
     """
     known = {field.name: field for field in fields(adapter.Options)}
-    hints = _hints(adapter.Options)
+    hints = _hints(adapter.Options)  # type: ignore[arg-type]
     problems: list[OptionError] = []
     values: dict[str, Any] = {}
     for key, value in raw.items():
