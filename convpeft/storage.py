@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import hosting
 from .adapters.base import Adapter, Site, read_options
+from .choosing import bypassed
 from .errors import AdapterFileError, BaseMismatch, ConvPeftError, StateError, shortened
 from .fingerprints import ALGORITHM, digest, fingerprint
 from .geometry import PLAIN_HOSTS, ConvGeometry
@@ -202,6 +203,8 @@ def _check_layers(root: nn.Module, file: AdapterFile, path: Path, probing: bool)
     modules = dict(hosting.base_modules(root))
     problems = [f"{key}: not in this model" for key in [*file.layers, *file.owned] if key not in modules]
     unsure: list[str] = []
+    past = bypassed(modules.values())
+    problems += [f"{key}: {past[id(modules[key])]}" for key in file.layers if id(modules.get(key)) in past]
     for key in file.layers.keys() & modules.keys():
         record, module = file.layers[key], modules[key]
         saved = ConvGeometry.from_dict(record.geometry)
