@@ -78,7 +78,10 @@ def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport:
     ]
     plain = getattr(model, "_orig_mod", model)  # of torch.compile
     found = watched_run(plain, [layer for _, layer, _ in watched], lambda: plain(*inputs, **kwargs))
-    called, never_called, read_past, reasons = [], [], [], {}
+    called: list[str] = []
+    never_called: list[str] = []
+    read_past: list[str] = []
+    reasons: dict[str, str] = {}
     for label, layer, adapter in watched:
         ran, reader = id(adapter) in found.ran, found.readers.get(id(layer))
         (called if ran else never_called).append(label)

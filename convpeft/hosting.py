@@ -12,12 +12,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .errors import HostError
+from .guards import refuse_another_bias, refusing, restored_class
+from .routing import BASE, SLOT, STASH, route_checkpoint
 
-SLOT = "convpeft"
-STASH = "_stash"
-BASE = "_base"
 FUSING_METHODS = ("fuse", "fuse_convs", "reparameterize", "switch_to_deploy", "convert_to_deploy", "deploy")
 
 
@@ -52,7 +52,10 @@ class Slots(nn.ModuleDict):
         shown: the owner whose values the module shows now, or None for the base's.
         held: keep this norm in eval mode whatever ``train()`` says.
         wanted_training: the mode last asked for while held.
+        loading: a state_dict is being loaded into the module.
     """
+
+    loading = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,10 +132,22 @@ class Adapted:
         state = getstate() if getstate is not None else self.__dict__
         return _rebuild, (self.adapted_from,), state
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register as usual, but refuse what fusing a norm into the layer would leave."""
+        if name == "bias" and param is not None:
+            refuse_another_bias(self, self._modules.get(SLOT))  # type: ignore[attr-defined]
+        super().register_parameter(name, param)  # type: ignore[misc]
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if self._modules[SLOT].owners:  # type: ignore[attr-defined]
-            _route_checkpoint(self, state_dict, prefix, args[-1])  # type: ignore[arg-type]
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+            shown = {owner: shown_tensors(self, owner) for owner in (BASE, *self._modules[SLOT].owners)}  # type: ignore
+            route_checkpoint(shown, self._modules[SLOT].shown or BASE, state_dict, prefix, args[-1])  # type: ignore
+        slots = self._modules[SLOT]  # type: ignore[attr-defined]
+        slots.loading = True  # with assign=True a load sets parameters
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        finally:
+            slots.loading = False
 
 
 class _AdaptedSequence(Adapted):
@@ -199,7 +214,7 @@ def update(layer: nn.Module, adapter: nn.Module, x: Tensor, own: Tensor) -> Tens
 def add_to_entry(base: Any, output: Any, entry: int | str | None, function: Any) -> Any:
     """Return ``output`` with ``function(base)`` added, or to the one ``entry`` of it that is a tensor."""
     if entry is None:
-        if not isinstance(output, Tensor):
+        if not isinstance(output, (Tensor, Proxy)):
             raise HostError(
                 f"the module returned a {type(output).__name__}, not a tensor: name the entry to adapt with "
                 "'output: <index or key>' in the rule"
@@ -233,13 +248,19 @@ def adapted_class(base: Any) -> Any:
     body: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, "adapted_from": base}
     for method in FUSING_METHODS:
         if callable(getattr(base, method, None)):
-            body[method] = _refusing(method)
+            body[method] = refusing(method)
     return type(f"Adapted{base.__name__}", (mixin, base), body)
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """Return the module's own class, behind the swap if there is one."""
     return module.adapted_from if isinstance(module, Adapted) else type(module)
+
+
+def swapped_class(module: nn.Module) -> Any:
+    """Return the class that the swap gives a module, whatever was put on top of it since."""
+    base: Any = base_class(module)
+    return adapted_class(base)
 
 
 def slots_of(module: nn.Module) -> Slots | None:
@@ -273,7 +294,7 @@ def restore(module: nn.Module) -> None:
     if slots is None:
         return
     show(module, None)
-    module.__class__ = base_class(module)
+    module.__class__ = restored_class(module, swapped_class(module))
     del module._modules[SLOT]
     if slots.held:
         module.training = slots.wanted_training
@@ -360,53 +381,8 @@ def _exchange(module: nn.Module, source: Tensors, target: Tensors) -> None:
             place[name] = incoming.pop(name)
 
 
-def _route_checkpoint(module: nn.Module, state_dict: dict, prefix: str, errors: list[str]) -> None:
-    """Rewrite a checkpoint's entries for a module with owners so that each value finds its owner.
-
-    A base checkpoint goes to the base, wherever the base's values are now; a checkpoint that was saved while another
-    adapter was active is sorted by owner; where nothing tells whose the plain entries are, that is one of the ``errors``
-    torch will raise. ``state_dict`` is torch's private copy for this call.
-    """
-    slots = slots_of(module)
-    assert slots is not None
-    names = list(shown_tensors(module, slots.shown or BASE))
-    stash = f"{prefix}{SLOT}.{STASH}."
-    present = {key[len(stash) :].split(".", 1)[0] for key in state_dict if key.startswith(stash)}
-    if not present:
-        stated = {BASE: prefix}
-    else:
-        absent = [owner for owner in (BASE, *slots.owners) if owner not in present]
-        stated = {owner: f"{stash}{owner}." for owner in (BASE, *slots.owners) if owner in present}
-        if len(absent) == 1:
-            stated[absent[0]] = prefix
-        elif absent:
-            stated = {}
-            errors.append(
-                f"{prefix.removesuffix('.') or '(root)'}: the checkpoint was saved with other adapters than "
-                f"{', '.join(map(repr, slots.owners))}, so nothing tells whose its plain entries are. Resume with the "
-                "adapters it was saved with, or use convpeft.save_adapter and convpeft.load_adapter."
-            )
-    values = {owner: {n: state_dict.pop(at + n) for n in names if at + n in state_dict} for owner, at in stated.items()}
-    for owner in (BASE, *slots.owners):
-        current = shown_tensors(module, owner)
-        at = prefix if owner == (slots.shown or BASE) else f"{stash}{owner}."
-        for name, value in (values.pop(owner) if owner in values else current).items():
-            state_dict[at + name] = value
-
-
 def _rebuild(base: Any) -> nn.Module:
     return adapted_class(base).__new__(adapted_class(base))
-
-
-def _refusing(method: str) -> Any:
-    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        raise HostError(
-            f"{base_class(self).__name__}.{method}() would rewrite layers that carry adapters and lose them. "
-            "Call convpeft.merge(model) first (or convpeft.eject(model) to drop them); the model is unchanged."
-        )
-
-    refuse.__name__ = method
-    return refuse
 
 
 def is_batchnorm_like(module: nn.Module) -> bool:

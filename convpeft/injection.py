@@ -15,6 +15,7 @@ from torch import nn
 from . import hosting
 from .adapters.base import Adapter
 from .errors import AdapterConflict, SpecError, StateError
+from .exchanging import check_classes, check_exchange
 from .planning import Plan, check_host, make_plan
 from .registry import adapter_class
 from .spec import Spec, read_spec
@@ -239,6 +240,9 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     names = list(state.adapters) if name is None else [name]
     for each in names:
         record_of(state, each)
+    if len(names) == len(state.adapters):
+        _present(root, state)
+        check_classes(root, state.swapped)
     _switch(root, state, tuple(active for active in state.active if active not in names))
     for each in names:
         record = state.adapters.pop(each)
@@ -341,7 +345,9 @@ def _switch(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
     owner = {key: name for name in names for key in state.adapters[name].owned}
     adapts = any(state.adapters[name].norm == "adapt" for name in names)
     norms = set(state.norms)
-    for key, slots in _present(root, state):
+    present = _present(root, state)
+    check_exchange(root, {key: owner.get(key) for key in state.swapped})
+    for key, slots in present:
         module = module_at(root, key)
         slots.active = tuple(name for name in names if name in slots._modules)
         hosting.show(module, owner.get(key))

@@ -13,6 +13,7 @@ from torch import nn
 from . import hosting
 from .chains import hang, refuse_fusing, set_bias
 from .errors import GeometryError, MergeError, OptionError
+from .exchanging import check_classes
 from .folding import Fold, fold_parts, put_folds
 from .merge_forms import Form, Job, Merged, probe, solve
 from .reports import table
@@ -143,7 +144,8 @@ def merge(model: nn.Module, *, form: str = "auto", inplace: bool = False, strict
     """
     require_state(model)
     _check_form(form)
-    model = model if inplace else copy.deepcopy(model)
+    check_classes(*_swapped(model))
+    model = model if inplace else _copied(model)
     root, state = require_state(model)
     parts = _work_out(root, state, form)
     reasons = {part.job.name: part.merged.reason for part in parts if part.merged.form == "kept"}
@@ -162,6 +164,26 @@ def merge(model: nn.Module, *, form: str = "auto", inplace: bool = False, strict
             _put(part)
     refuse_fusing(model)
     return model
+
+
+def _swapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    root, state = require_state(model)
+    return root, [name for name in state.swapped if slots_at(root, name) is not None]
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model.
+
+    Raises:
+        MergeError: if the model holds what torch does not copy (the weight that ``weight_norm`` or ``prune`` computed).
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise MergeError(
+            f"this {hosting.base_class(model).__name__} cannot be copied: {error} Undo the weight norm or pruning first, or "
+            "merge with inplace=True; the model is unchanged."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -176,8 +176,8 @@ def _storage(tensor: Tensor) -> int:
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """Return the first byte of a tensor in its storage, and the one after the last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start, width = tensor.storage_offset(), tensor.element_size()
+    last: int = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start, width = int(tensor.storage_offset()), tensor.element_size()
     return start * width, (start + last + (tensor.numel() > 0)) * width
 
 
