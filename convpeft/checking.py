@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .errors import StateError
-from .state import adapter_at, module_at, require_state
+from .state import adapter_at, module_at, require_hosts, require_state
 from .watching import watched_run
 
 
@@ -66,9 +66,10 @@ def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport:
         inputs, kwargs: what the model is called with.
 
     Raises:
-        StateError: if nothing is injected or no adapter is active.
+        StateError: if nothing is injected, no adapter is active, or an adapted layer was replaced since.
     """
     root, state = require_state(model)
+    require_hosts(root, state)
     if not state.active:
         raise StateError("no adapter is active, so none could be called: convpeft.set_active(model, name) first")
     watched = [
