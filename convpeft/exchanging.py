@@ -70,7 +70,7 @@ def _exchanged(module: nn.Module, owner: str | None) -> list[str]:
     if slots is None or slots.shown == owner:
         return []
     drawers = [slots.drawer(hosting.BASE if each == slots.shown else each) for each in (slots.shown, owner) if each]
-    return [name for drawer in drawers for name in (*drawer._parameters, *drawer._buffers)]
+    return list(dict.fromkeys(name for drawer in drawers for name in (*drawer._parameters, *drawer._buffers)))
 
 
 def _is_sharded(root: nn.Module) -> bool:
