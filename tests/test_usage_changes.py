@@ -6,14 +6,16 @@ import copy
 import warnings
 
 import pytest
+import timm
 import torch
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils import fusion, parametrize, prune, remove_weight_norm, weight_norm
 from torch.nn.utils.parametrizations import weight_norm as parametrized_weight_norm
 
 import convpeft
 
-from .cases import assert_relative, bits, same_bits
+from .cases import assert_relative, bits, randomised, same_bits
 from .detector import Untouched, images
 from .test_usage_copies import SPECS, each_spec, two_adapters
 
@@ -208,6 +210,62 @@ class TestFusing:
         model[0].bias = None
         convpeft.eject(model)
         model[0].bias = nn.Parameter(torch.zeros(3))
+
+
+BLOCKS = {
+    "repvgg_a0": "stages.1.0.conv_kxk.conv",
+    "fastvit_t8": "stages.0.blocks.0.token_mixer.mixer.conv_kxk.0.conv",
+    "mobileone_s0": "stages.0.0.conv_kxk.0.conv",
+}
+
+
+class TestReparameterising:
+    """timm rewrites a copy, block by block."""
+
+    @staticmethod
+    def adapted(name: str, kind: str, match: str) -> tuple[nn.Module, torch.Tensor]:
+        torch.manual_seed(0)
+        model = timm.create_model(name, pretrained=False, num_classes=3).double().eval()
+        for module in model.modules():  # else the signal dies on its way
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_var.fill_(0.1)
+        convpeft.inject(model, {"rules": [{"match": match, "kind": kind, "rank": 2}], "unfreeze": ["head.fc"]})
+        return randomised(model).eval(), torch.rand(1, 3, 64, 64, dtype=torch.float64)
+
+    @pytest.mark.parametrize("name", BLOCKS)
+    @pytest.mark.parametrize("kind", ["lora", "rep_mona"])
+    @torch.no_grad()
+    def test_an_adapted_block_is_refused_and_a_merged_one_is_right(self, name, kind):
+        model, x = self.adapted(name, kind, BLOCKS[name])
+        output, before = model(x), Untouched(model)
+        with pytest.raises(convpeft.HostError, match=r"would rewrite layers that carry adapters and lose them"):
+            reparameterize_model(model)
+        before.check()
+        merged = convpeft.merge(model, form="single" if kind == "lora" else "factored")
+        assert_relative(merged(x), output)
+        if kind == "lora":
+            assert_relative(
+                reparameterize_model(merged)(x), output, 1e-9
+            )  # timm folds the norms in the model's precision
+        else:
+            with pytest.raises(
+                convpeft.HostError, match="rewrites layers by their weights alone and would pass by the chains"
+            ):
+                reparameterize_model(merged)
+
+    @torch.no_grad()
+    def test_adapters_outside_of_all_blocks_stay_and_what_went_is_named(self):
+        """The held norms are folded and gone: the output is right, and a switch says why it cannot be."""
+        model, x = self.adapted("repvgg_a0", "lora", "head.fc")
+        rewritten = reparameterize_model(model)
+        assert_relative(rewritten(x), model(x), 1e-9)
+        assert type(rewritten.head.fc).__name__ == "AdaptedLinear"
+        for function in (lambda: convpeft.set_active(rewritten, None), lambda: convpeft.merge(rewritten)):
+            with pytest.raises(
+                convpeft.StateError, match=r"'stem\.conv_kxk\.bn' was adapted and is no longer in the model"
+            ):
+                function()
+        assert_relative(reparameterize_model(convpeft.merge(model))(x), model(x), 1e-9)
 
 
 @each_spec
