@@ -5,6 +5,7 @@ The source of the forward passes is read (``sources.py``). What that does not sh
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,8 @@ def _may_call(module: nn.Module, name: str | None, *, followed: bool) -> bool:
     if callable(value) or any(callable(each) for each in held):
         return True
     base = base_class(module)
+    if isinstance(inspect.getattr_static(base, name, None), (staticmethod, classmethod)):
+        return False
     return callable(getattr(base, name, None)) and not (followed and method_of(base, name)[1])
 
 

@@ -54,12 +54,18 @@ def check_classes(root: nn.Module, names: Iterable[str]) -> None:
     """Raise if some swapped module cannot get its own class back.
 
     Raises:
-        HostError: if its class was extended after ``inject`` by something that cannot be kept.
+        HostError: if its class was extended, or its forward replaced, after ``inject`` by something that cannot be kept.
     """
     for name in names:
         module = root.get_submodule(name)
+        slots = hosting.slots_of(module)
         try:
             restored_class(module, hosting.swapped_class(module))
+            if "forward" in module.__dict__ and slots is not None and any(slots.adapters()):
+                raise HostError(
+                    "its forward was replaced on the object itself after inject() (by accelerate's hooks?), and would go on "
+                    "asking for the adapter. Undo it first"
+                )
         except HostError as error:
             raise HostError(f"{name or '(root)'}: {error}; the model is unchanged.") from None
 

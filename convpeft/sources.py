@@ -112,6 +112,8 @@ def method_of(owner: Any, name: str, after: type | None = None) -> tuple[type | 
             break
         if name in vars(each):
             function = vars(each)[name]
+            if isinstance(function, (staticmethod, classmethod)):  # knows no self
+                return each, None
             function = function.fget if isinstance(function, property) else function
             function = inspect.unwrap(function) if callable(function) else None
             return each, function if inspect.isfunction(function) else None

@@ -113,6 +113,17 @@ class Describing(Parent):
         return self.layer(x) + torch.zeros_like(weight).sum()
 
 
+class WithStaticMethod(Parent):
+    """What a static method calls its first argument is not the module."""
+
+    @staticmethod
+    def scaled(block, x):
+        return x * block.layer.weight.mean()
+
+    def forward(self, x):
+        return self.layer(self.scaled(self.other, x) if hasattr(self.other, "layer") else x)
+
+
 class Looping(Parent):
     def forward(self, x):
         for layer in self.layers:
@@ -151,7 +162,7 @@ def test_layers_that_are_read_in_a_loop_are_refused(loop):
         convpeft.plan(Loop() if loop else Index(), spec("layers.*"))
 
 
-@pytest.mark.parametrize("owner", [Describing, Looping, BranchTaken])
+@pytest.mark.parametrize("owner", [Describing, Looping, BranchTaken, WithStaticMethod])
 def test_asking_a_weight_for_its_dtype_is_no_bypass(owner):
     model, x = owner().eval(), torch.randn(2, 4)
     assert weight_readers(model.modules()) == {}

@@ -172,6 +172,24 @@ class TestOnAnUnfrozenLayer:
         assert not [key for key in merged.state_dict() if "convpeft" in key]
 
 
+def test_a_forward_that_was_replaced_afterwards_keeps_its_adapter_and_is_not_ejected_under_it():
+    """As accelerate's hooks do."""
+    model, x = two_adapters("lora-parallel"), images()
+    layer, output = model.body[0].conv, model(x)
+    inner, calls = layer.forward, []
+    layer.forward = lambda *args: calls.append(1) or inner(*args)
+    assert torch.equal(model(x), output)
+    assert calls == [1]
+    assert convpeft.check(model, x).ok
+    before = Untouched(model)
+    for function in (convpeft.eject, lambda model: convpeft.merge(model, inplace=True)):
+        with pytest.raises(convpeft.HostError, match=r"body\.0\.conv: its forward was replaced .* after inject\(\)"):
+            function(model)
+    before.check()
+    del layer.forward
+    assert type(convpeft.eject(model).body[0].conv) is nn.Conv2d
+
+
 class TestFusing:
     @each_spec
     def test_torchs_own_fusing_of_an_adapted_layer_is_refused(self, name):
