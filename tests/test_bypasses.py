@@ -182,6 +182,41 @@ def test_the_branch_that_an_attribute_chooses_counts():
     assert weight_readers(model.modules()) == {}
 
 
+class ByForward(Parent):
+    def forward(self, x):
+        return F.linear(self.layer.forward(x), self.layer.weight)
+
+
+class ByList(Parent):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = [self.layer]
+
+    def forward(self, x):
+        return F.linear(self.steps[0](x), self.layer.weight)
+
+
+class ByChildren(Parent):
+    def forward(self, x):
+        return F.linear(next(self.children())(x), self.layer.weight)
+
+
+class ByItself(Parent):
+    def forward(self, x):
+        return F.linear(vars(self)["_modules"]["layer"](x), self.layer.weight)
+
+
+@pytest.mark.parametrize("owner", [ByForward, ByList, ByChildren, ByItself])
+def test_a_layer_that_may_be_called_is_not_refused(owner):
+    """Read, and perhaps called in a way that only running tells; a merge does not rewrite it."""
+    model, x = owner().eval(), torch.randn(2, 4)
+    assert not weight_readers(model.modules())[id(model.layer)].certain
+    convpeft.inject(model, spec())
+    report = convpeft.check(model, x)
+    assert (report.called, report.read_past) == (("layer: default",), ("layer: default",))
+    assert convpeft.plan_merge(model).refused.keys() == {"layer"}
+
+
 def test_a_forward_without_a_source_is_believed():
     scope: dict = {"Parent": Parent, "F": F}
     exec("class Made(Parent):\n    def forward(self, x):\n        return F.linear(x, self.layer.weight)", scope)
