@@ -23,9 +23,9 @@ from .errors import (
 from .geometry import ConvGeometry
 from .injection import active_adapters, disabled, eject, inject, plan, set_active, using
 from .merging import MergePlan, merge, plan_merge
+from .per_sample import route
 from .planning import Plan
 from .registry import adapter_kinds, register_adapter
-from .per_sample import route
 from .spec import Rule, Spec, Unfreeze
 from .storage import inspect_adapter, load_adapter, save_adapter
 from .training import auxiliary_loss, param_groups, summary

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import hosting
+from .adding import add_to_entry
 from .errors import HostError
 
 BESIDE, AFTER = "beside", "after"
@@ -81,7 +82,7 @@ def add_after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     chains: Any = module._modules[AFTER]
     changed = output
     for chain in chains:
-        changed = hosting.add_to_entry(output, changed, chains.entry, chain)
+        changed = add_to_entry(output, changed, chains.entry, chain)
     return changed
 
 

@@ -8,17 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from .adapters.base import Place
+from .bypasses import weight_readers
 from .errors import PatternError, SpecError, closest, shortened
 from .geometry import PLAIN_HOSTS, ConvGeometry
 from .hosting import base_class, base_modules
 from .matching import is_literal, matches
 from .registry import LEAVE, adapter_class
 from .spec import Rule, Spec
-
-_READS_WEIGHTS = {  # parents that read a child's weight themselves, past any adapter on it
-    nn.MultiheadAttention: ("out_proj",),
-    nn.TransformerEncoderLayer: ("linear1", "linear2"),
-}
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class Choice:
             modules[id(module)] = module
         self.candidates = [Candidate(tuple(names[key]), module) for key, module in modules.items()]
         self.by_name = {candidate.name: candidate for candidate in self.candidates}
-        self.bypassed = _bypassed(self.candidates)
+        self.bypassed = bypassed(candidate.module for candidate in self.candidates)
         self.taken: dict[str, int] = {}
         self.chosen: list[tuple[Candidate, int, Rule, Place]] = []
         self.shadowed: list[tuple[str, int, int]] = []
@@ -190,20 +186,14 @@ class Choice:
         )
 
 
-def _bypassed(candidates: list[Candidate]) -> dict[int, str]:
-    """Return the modules whose weights a parent is known to read by itself, with the reason."""
-    found: dict[int, str] = {}
-    for candidate in candidates:
-        for parent, children in _READS_WEIGHTS.items():
-            if isinstance(candidate.module, parent):
-                for child in children:
-                    module = getattr(candidate.module, child, None)
-                    if module is not None:
-                        found[id(module)] = (
-                            f"its parent {parent.__name__} reads {child}.weight itself and would bypass the adapter; "
-                            "put the adapter on the parent's output instead"
-                        )
-    return found
+def bypassed(modules: Iterable[nn.Module]) -> dict[int, str]:
+    """Return, by ``id``, the modules whose weights one of ``modules`` reads by itself instead of calling them: why not."""
+    return {
+        key: f"its parent {reader.class_name} reads {reader.expression} itself and would bypass the adapter; "
+        "put the adapter on the parent's output instead"
+        for key, reader in weight_readers(modules).items()
+        if reader.certain
+    }
 
 
 def _has_output(module: nn.Module) -> bool:

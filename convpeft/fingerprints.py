@@ -14,13 +14,19 @@ ALGORITHM = "blake2b-128"
 _COUNTERS = ("num_batches_tracked",)  # how often a norm was updated changes no output
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """Return a tensor whole, on the CPU and contiguous; where FSDP2 shards it, all processes have to ask together."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().cpu().contiguous()
+
+
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return the digest of named tensors: names, dtypes, shapes and bytes."""
     state = hashlib.blake2b(digest_size=16)
     for name, tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
-        state.update(f"{name}|{plain.dtype}|{tuple(plain.shape)}|".encode())
-        state.update(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
+        whole = plain(tensor)
+        state.update(f"{name}|{whole.dtype}|{tuple(whole.shape)}|".encode())
+        state.update(whole.reshape(-1).view(torch.uint8).numpy().data if whole.numel() else b"")
     return state.hexdigest()
 
 

@@ -8,33 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from . import lean
+from .adding import add_to_entry, convolved, update
 from .errors import HostError
-from .low_rank import Factors, together
+from .guards import refuse_another_bias, refusing, restored_class
+from .lean import is_convolution, is_norm, normalise
+from .routing import BASE, SLOT, STASH, route_checkpoint
 
-SLOT = "convpeft"
-STASH = "_stash"
-BASE = "_base"
 FUSING_METHODS = ("fuse", "fuse_convs", "reparameterize", "switch_to_deploy", "convert_to_deploy", "deploy")
-
-
-class Host(NamedTuple):
-    """The layer an adapter sits beside, lent for one call: by reference, never kept and never registered.
-
-    Attributes:
-        weight: of the layer, as it is shown now (a base checkpoint loaded since, an adapter's own unfrozen values, ...).
-        bias: of the layer, or None.
-        output: what the layer itself made of this very input, without any adapter.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    output: Tensor
 
 
 class Tensors(nn.Module):
@@ -56,7 +41,10 @@ class Slots(nn.ModuleDict):
         lean: keep for backward only what a frozen layer's gradients need.
         router: deals the samples of a batch out to their adapters, inside ``convpeft.route``; else None.
         wanted_training: the mode last asked for while held.
+        loading: a state_dict is being loaded into the module.
     """
+
+    loading = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,37 +136,36 @@ class Adapted:
         state = getstate() if getstate is not None else self.__dict__
         return _rebuild, (self.adapted_from,), state
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register as usual, but refuse what fusing a norm into the layer would leave."""
+        if name == "bias" and param is not None:
+            refuse_another_bias(self, self._modules.get(SLOT))  # type: ignore[attr-defined]
+        super().register_parameter(name, param)  # type: ignore[misc]
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if self._modules[SLOT].owners:  # type: ignore[attr-defined]
-            _route_checkpoint(self, state_dict, prefix, args[-1])  # type: ignore[arg-type]
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+            shown = {owner: shown_tensors(self, owner) for owner in (BASE, *self._modules[SLOT].owners)}  # type: ignore
+            route_checkpoint(shown, self._modules[SLOT].shown or BASE, state_dict, prefix, args[-1])  # type: ignore
+        slots = self._modules[SLOT]  # type: ignore[attr-defined]
+        slots.loading = True  # with assign=True a load sets parameters
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        finally:
+            slots.loading = False
 
 
 class _AdaptedConv(Adapted):
     """For convolutions: low-rank updates are computed together with the layer, and frozen layers run lean."""
 
     def _own(self, x: Any, slots: Slots) -> tuple[Any, tuple[str, ...]]:
-        factors: list[Factors] = []
-        left = slots.active
-        adapters = [slots._modules[name] for name in slots.active]
-        if all(adapter.site.place == "parallel" and not adapter.reads_host for adapter in adapters):  # type: ignore[union-attr]
-            grouped = self.groups > 1  # type: ignore[attr-defined]
-            left = ()
-            for name, adapter in zip(slots.active, adapters, strict=True):
-                alone = (grouped and factors) or adapter._forward_hooks or adapter._forward_pre_hooks  # type: ignore[union-attr]
-                found = None if alone else adapter.factors()  # type: ignore[union-attr, operator]
-                if found is None:
-                    left = (*left, name)
-                else:
-                    factors.append(found)
-        return lean.convolve(self, x, together(factors) if factors else None, slots.lean), left
+        return convolved(self, x, {name: slots._modules[name] for name in slots.active}, slots.lean)
 
 
 class _AdaptedNorm(Adapted):
     """For norms: frozen ones keep their scale only."""
 
     def _own(self, x: Any, slots: Slots) -> tuple[Any, tuple[str, ...]]:
-        return lean.normalise(self, x) if slots.lean else None, slots.active
+        return normalise(self, x) if slots.lean else None, slots.active
 
 
 class _AdaptedSequence(Adapted):
@@ -226,48 +213,6 @@ class _AdaptedModuleDict(Adapted):
         return {name: module for name, module in self._modules.items() if name != SLOT}.items()  # type: ignore[attr-defined]
 
 
-def update(layer: nn.Module, adapter: nn.Module, x: Tensor, own: Tensor) -> Tensor:
-    """Return what a parallel adapter adds to its layer's output.
-
-    Args:
-        layer: the host.
-        adapter: beside it.
-        x: the layer's input.
-        own: what the layer itself makes of ``x``; lent, with the layer's weight, to an adapter that reads its host.
-    """
-    if adapter.reads_host:
-        return adapter(x, Host(layer.weight, layer.bias, own))  # type: ignore[arg-type]
-    if adapter.site.geometry.transposed:  # type: ignore[union-attr]  # its caller may have asked for an output size
-        return adapter(x, output_size=own.shape[-2:])
-    return adapter(x)
-
-
-def add_to_entry(base: Any, output: Any, entry: int | str | None, function: Any) -> Any:
-    """Return ``output`` with ``function(base)`` added, or to the one ``entry`` of it that is a tensor."""
-    if entry is None:
-        if not isinstance(output, Tensor):
-            raise HostError(
-                f"the module returned a {type(output).__name__}, not a tensor: name the entry to adapt with "
-                "'output: <index or key>' in the rule"
-            )
-        return output + function(base)
-    index = located(output, entry)
-    if isinstance(output, dict):
-        changed = output.copy()
-        changed[index] = output[index] + function(base[index])
-        return changed
-    entries = list(output)
-    entries[index] = output[index] + function(base[index])
-    return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)
-
-
-def located(output: Any, entry: int | str) -> Any:
-    """Return the index or key of an output's entry; a namedtuple's may be given by field, a ModelOutput's by index."""
-    if isinstance(entry, int) and hasattr(output, "to_tuple") and entry not in output:
-        return list(output)[entry]
-    return output._fields.index(entry) if isinstance(entry, str) and hasattr(output, "_fields") else entry
-
-
 @cache
 def adapted_class(base: Any) -> Any:
     """Return the generated subclass ``Adapted<Base>``: the mixin in front of exactly ``base``."""
@@ -276,20 +221,26 @@ def adapted_class(base: Any) -> Any:
         mixin = _AdaptedSequence
     elif issubclass(base, nn.ModuleDict):
         mixin = _AdaptedModuleDict
-    elif lean.is_convolution(base):
+    elif is_convolution(base):
         mixin = _AdaptedConv
-    elif lean.is_norm(base):
+    elif is_norm(base):
         mixin = _AdaptedNorm
     body: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, "adapted_from": base}
     for method in FUSING_METHODS:
         if callable(getattr(base, method, None)):
-            body[method] = _refusing(method)
+            body[method] = refusing(method)
     return type(f"Adapted{base.__name__}", (mixin, base), body)
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """Return the module's own class, behind the swap if there is one."""
     return module.adapted_from if isinstance(module, Adapted) else type(module)
+
+
+def swapped_class(module: nn.Module) -> Any:
+    """Return the class that the swap gives a module, whatever was put on top of it since."""
+    base: Any = base_class(module)
+    return adapted_class(base)
 
 
 def slots_of(module: nn.Module) -> Slots | None:
@@ -323,7 +274,7 @@ def restore(module: nn.Module) -> None:
     if slots is None:
         return
     show(module, None)
-    module.__class__ = base_class(module)
+    module.__class__ = restored_class(module, swapped_class(module))
     del module._modules[SLOT]
     if slots.held:
         module.training = slots.wanted_training
@@ -410,53 +361,8 @@ def _exchange(module: nn.Module, source: Tensors, target: Tensors) -> None:
             place[name] = incoming.pop(name)
 
 
-def _route_checkpoint(module: nn.Module, state_dict: dict, prefix: str, errors: list[str]) -> None:
-    """Rewrite a checkpoint's entries for a module with owners so that each value finds its owner.
-
-    A base checkpoint goes to the base, wherever the base's values are now; a checkpoint that was saved while another
-    adapter was active is sorted by owner; where nothing tells whose the plain entries are, that is one of the ``errors``
-    torch will raise. ``state_dict`` is torch's private copy for this call.
-    """
-    slots = slots_of(module)
-    assert slots is not None
-    names = list(shown_tensors(module, slots.shown or BASE))
-    stash = f"{prefix}{SLOT}.{STASH}."
-    present = {key[len(stash) :].split(".", 1)[0] for key in state_dict if key.startswith(stash)}
-    if not present:
-        stated = {BASE: prefix}
-    else:
-        absent = [owner for owner in (BASE, *slots.owners) if owner not in present]
-        stated = {owner: f"{stash}{owner}." for owner in (BASE, *slots.owners) if owner in present}
-        if len(absent) == 1:
-            stated[absent[0]] = prefix
-        elif absent:
-            stated = {}
-            errors.append(
-                f"{prefix.removesuffix('.') or '(root)'}: the checkpoint was saved with other adapters than "
-                f"{', '.join(map(repr, slots.owners))}, so nothing tells whose its plain entries are. Resume with the "
-                "adapters it was saved with, or use convpeft.save_adapter and convpeft.load_adapter."
-            )
-    values = {owner: {n: state_dict.pop(at + n) for n in names if at + n in state_dict} for owner, at in stated.items()}
-    for owner in (BASE, *slots.owners):
-        current = shown_tensors(module, owner)
-        at = prefix if owner == (slots.shown or BASE) else f"{stash}{owner}."
-        for name, value in (values.pop(owner) if owner in values else current).items():
-            state_dict[at + name] = value
-
-
 def _rebuild(base: Any) -> nn.Module:
     return adapted_class(base).__new__(adapted_class(base))
-
-
-def _refusing(method: str) -> Any:
-    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        raise HostError(
-            f"{base_class(self).__name__}.{method}() would rewrite layers that carry adapters and lose them. "
-            "Call convpeft.merge(model) first (or convpeft.eject(model) to drop them); the model is unchanged."
-        )
-
-    refuse.__name__ = method
-    return refuse
 
 
 def is_batchnorm_like(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 from . import hosting
 from .adapters.base import Adapter
 from .errors import AdapterConflict, SpecError, StateError
+from .exchanging import check_classes, check_exchange
 from .planning import Plan, can_be_lean, check_host, make_plan
 from .registry import adapter_class
 from .spec import Spec, read_spec
@@ -26,6 +27,7 @@ from .state import (
     find_state,
     module_at,
     record_of,
+    require_hosts,
     require_state,
     slots_at,
     unwrapped,
@@ -162,8 +164,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
     wanted = _swapped_by(modules, state, record, lean)
     for key in wanted:
         check_host(module_at(root, key), key)
-    for key in state.swapped:  # raises, before anything is touched, if one is gone
-        slots_at(root, key)
+    require_hosts(root, state)
     try:
         for key in wanted:
             hosting.adapt(module_at(root, key))
@@ -258,6 +259,9 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     for each in names:
         record_of(state, each)
     switchable(state)
+    if len(names) == len(state.adapters):
+        require_hosts(root, state)
+        check_classes(root, state.swapped)
     _switch(root, state, tuple(active for active in state.active if active not in names))
     for each in names:
         record = state.adapters.pop(each)
@@ -341,6 +345,7 @@ def switchable(state: ModelState) -> None:
 
 
 def names_of(state: ModelState, names: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Return the names of adapters that are to be active together, checked: known, each once, no tensor theirs twice."""
     wanted: tuple[Any, ...] = () if names is None else tuple(names) if _are_several(names) else (names,)
     for name in wanted:
         if not isinstance(name, str):
@@ -372,6 +377,7 @@ def _switch(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
     touched = dict.fromkeys(key for record in records for key in (*record.layers, *record.owned))
     norms = state.norms if held != state.held else ()
     slots = {key: slots_at(root, key) for key in dict.fromkeys([*touched, *norms])}  # raises before anything is touched
+    check_exchange(root, {key: owner.get(key) for key in touched})
     for key in touched:
         slots[key].active = tuple(name for name in names if name in slots[key]._modules)
         hosting.show(module_at(root, key), owner.get(key))
@@ -394,6 +400,7 @@ def _train_only_active(root: nn.Module, state: ModelState) -> None:
 
 
 def train_only(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
+    """Let exactly the named adapters require gradients, in place; what neither was nor is to be trained is not looked at."""
     changed = dict.fromkeys(name for name in (*state.trained, *names) if name in state.adapters)
     state.trained = tuple(name for name in names if name in state.adapters)
     for name in changed:

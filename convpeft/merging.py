@@ -13,11 +13,13 @@ from torch import nn
 from . import hosting
 from .chains import hang, refuse_fusing, set_bias
 from .errors import GeometryError, MergeError, OptionError
+from .exchanging import check_classes
 from .folding import Fold, fold_parts, put_folds
 from .injection import switchable
 from .merge_forms import Form, Job, Merged, probe, solve
 from .reports import table
-from .state import ATTRIBUTE, ModelState, adapter_at, module_at, require_state, slots_at
+from .state import ATTRIBUTE, ModelState, adapter_at, module_at, require_hosts, require_state, slots_at
+from .verifying import compare_outputs, double_copy, read_past
 
 FORMS = ("auto", "single", "factored")
 
@@ -93,19 +95,22 @@ class MergePlan:
         return f"{head}\n{table(titles, cells)}" if cells else head
 
 
-def plan_merge(model: nn.Module, *, form: str = "auto") -> MergePlan:
+def plan_merge(model: nn.Module, *, form: str = "auto", example_inputs: Any = None) -> MergePlan:
     """Return how each layer with active adapters would merge; the model is not touched.
 
     Args:
         model: an injected model.
         form: ``auto`` (fewer multiply-accumulates), ``single`` (one kernel) or ``factored`` (a chain of plain layers).
+        example_inputs: of the model (a tensor, or a tuple of positional inputs), to run it once and see whose weights are
+            read by others; unset, only the source of the forward passes tells.
 
     Raises:
         StateError: if nothing is injected.
     """
     root, state = require_state(model)
     _check_form(form)
-    rows = [_row(part.job, part.merged) for part in _work_out(root, state, form)]
+    past = _read_past(model, example_inputs)
+    rows = [_row(part.job, part.merged) for part in _work_out(root, state, form, past)]
     return MergePlan(tuple(rows), state.active)
 
 
@@ -123,7 +128,9 @@ def _row(job: Job, merged: Merged) -> MergeRow:
     )
 
 
-def merge(model: nn.Module, *, form: str = "auto", inplace: bool = False, strict: bool = True) -> nn.Module:
+def merge(
+    model: nn.Module, *, form: str = "auto", inplace: bool = False, strict: bool = True, example_inputs: Any = None
+) -> nn.Module:
     """Return the model with its active adapters folded into plain layers (a copy, unless ``inplace``).
 
     Every layer is worked out in float64, probed against the adapted layer on a random input, and cast once; only when
@@ -132,21 +139,34 @@ def merge(model: nn.Module, *, form: str = "auto", inplace: bool = False, strict
     by a forward hook; ``form="single"`` leaves no trace at all. Inactive adapters are dropped.
 
     Args:
-        model: an injected model.
+        model: an injected model, or one around it.
         form: see ``plan_merge``.
         inplace: change the given model, to save memory.
         strict: refuse if any layer cannot merge; otherwise such layers stay adapted, with what is linear in their
             adapters folded (the plan says what).
+        example_inputs: of the model, to verify the merge on: layers whose weights are read by others as it runs are
+            refused, and the merged model must give what the adapted one gives, both in float64.
 
     Raises:
         MergeError: naming every layer that cannot merge, with its reason; the model is as it was.
         StateError: if nothing is injected (a merged model has no adapters left).
     """
-    switchable(require_state(model)[1])
-    _check_form(form)
-    model = model if inplace else copy.deepcopy(model)
     root, state = require_state(model)
-    parts = _work_out(root, state, form)
+    switchable(state)
+    _check_form(form)
+    require_hosts(root, state)
+    check_classes(root, state.swapped)
+    past = _read_past(model, example_inputs)
+    if example_inputs is not None:
+        adapted = double_copy(model)
+        compare_outputs(adapted, _merged(copy.deepcopy(adapted), form, strict, past), example_inputs)
+    return _merged(model if inplace else _copied(model), form, strict, past)
+
+
+def _merged(model: nn.Module, form: str, strict: bool, past: dict[str, str]) -> nn.Module:
+    """Merge a model in place, and return it; ``past`` are the layers that others read, with the reasons."""
+    root, state = require_state(model)
+    parts = _work_out(root, state, form, past)
     reasons = {part.job.name: part.merged.reason for part in parts if part.merged.form == "kept"}
     if reasons and strict:
         lines = "\n".join(f"  {name or '(root)'}: {reason}" for name, reason in reasons.items())
@@ -165,6 +185,21 @@ def merge(model: nn.Module, *, form: str = "auto", inplace: bool = False, strict
     return model
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model.
+
+    Raises:
+        MergeError: if the model holds what torch does not copy (the weight that ``weight_norm`` or ``prune`` computed).
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise MergeError(
+            f"this {hosting.base_class(model).__name__} cannot be copied: {error} Undo the weight norm or pruning first, or "
+            "merge with inplace=True; the model is unchanged."
+        ) from error
+
+
 @dataclass(frozen=True)
 class _Part:
     """One adapted layer, worked out and probed: the merged layer, the chains to add, or the folded adapters that stay."""
@@ -176,11 +211,17 @@ class _Part:
     folds: tuple[Fold, ...] = ()
 
 
-def _work_out(root: nn.Module, state: ModelState, form: str) -> list[_Part]:
+def _read_past(model: nn.Module, example_inputs: Any) -> dict[str, str]:
+    return read_past(model, {job.target_name: job.target for job in _jobs(*require_state(model))}, example_inputs)
+
+
+def _work_out(root: nn.Module, state: ModelState, form: str, past: dict[str, str]) -> list[_Part]:
     """Work out and probe every layer with active adapters; what cannot merge is ``kept``, with the reason."""
     parts: list[_Part] = []
     for job in _jobs(root, state):
         merged = solve(job, form)
+        if job.target_name in past and merged.form != "kept" and merged.beside:
+            merged = merged.kept(past[job.target_name])
         try:
             if merged.form != "kept":
                 layer, chains = _cast(job, *probe(job, merged))

@@ -125,7 +125,9 @@ class _Router:
                 self.names = None
         return self._joined(outputs, key)
 
-    def _as(self, names: Names, module: Any, slots: hosting.Slots, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _as(
+        self, names: Names, module: Any, slots: hosting.Slots, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Return what the module gives with exactly these adapters active; it is left as it was."""
         key, shown, active, held = self.keys[id(slots)], slots.shown, slots.active, slots.held
         owner = next((name for name in names if key in self.state.adapters[name].owned), None)

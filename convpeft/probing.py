@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adding import located
 from .geometry import PLAIN_HOSTS, ConvGeometry, random_input
-from .hosting import base_class, device_and_dtype, located, restore, settle
+from .hosting import base_class, device_and_dtype, restore, settle
 
 _IMAGE = (1, 3, 64, 64)
 

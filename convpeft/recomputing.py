@@ -67,7 +67,9 @@ def origin_of(x: Tensor) -> Origin | None:
         source: Tensor = node._saved_self  # type: ignore[attr-defined]
     except RuntimeError:  # written to since
         return None
-    own = 1 if type(source.grad_fn).__name__ == "CloneBackward0" else 0  # an activation in place kept a copy of its input
+    own = (
+        1 if type(source.grad_fn).__name__ == "CloneBackward0" else 0
+    )  # an activation in place kept a copy of its input
     if x._version > own or source.shape != x.shape:
         return None
     return Origin(source, activation(node))

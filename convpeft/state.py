@@ -153,6 +153,12 @@ def slots_at(root: nn.Module, name: str) -> Slots:
     return slots
 
 
+def require_hosts(root: nn.Module, state: ModelState) -> None:
+    """Raise a StateError that names a swapped module which is gone, or was replaced by another; else do nothing."""
+    for name in state.swapped:
+        slots_at(root, name)
+
+
 def adapter_at(root: nn.Module, layer: str, name: str) -> Adapter:
     """Return the adapter called ``name`` on a layer."""
     adapter = slots_at(root, layer)._modules.get(name)

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from . import hosting
 from .adapters.base import Adapter, Site, read_options
+from .choosing import bypassed
 from .errors import AdapterFileError, BaseMismatch, ConvPeftError, StateError, shortened
-from .fingerprints import ALGORITHM, digest, fingerprint
+from .exchanging import check_held
+from .fingerprints import ALGORITHM, digest, fingerprint, plain
 from .geometry import PLAIN_HOSTS, ConvGeometry
 from .injection import Built, _check_name, copied_base, install
 from .metadata import FORMAT, VERSION, AdapterFile, parse, seal
@@ -36,7 +38,8 @@ _ADAPTER, _OWN = "adapter", "own"
 def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path:
     """Write one adapter, with every tensor it unfroze, to a safetensors file, and return the path.
 
-    The file is written beside its final place and then moved there in one step: a crash leaves the old file.
+    The file is written beside its final place and then moved there in one step: a crash leaves the old file. Of a model
+    that FSDP2 shards, all processes have to call this together.
 
     Args:
         model: an injected model.
@@ -44,7 +47,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
         name: of the adapter; unset, the only one, or the only active one.
 
     Raises:
-        StateError: if nothing is injected, or it is not clear which adapter is meant.
+        StateError: if nothing is injected, it is not clear which adapter is meant, or a tensor of it is gone.
         AdapterFileError: if the file cannot be written.
     """
     root, state = require_state(model)
@@ -60,7 +63,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
             f"adapter {name!r} was folded for deployment by merge(strict=False) on {shortened(folded)}, and a folded adapter "
             "has no file form. Save it from the model that was merged, or this model whole with torch.save."
         )
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _tensors(root, name, record).items()}
+    check_held(root, dict.fromkeys(record.owned, None))
+    tensors = {key: plain(tensor) for key, tensor in _tensors(root, name, record).items()}
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -205,6 +209,8 @@ def _check_layers(root: nn.Module, file: AdapterFile, path: Path, probing: bool)
     modules = dict(hosting.base_modules(root))
     problems = [f"{key}: not in this model" for key in [*file.layers, *file.owned] if key not in modules]
     unsure: list[str] = []
+    past = bypassed(modules.values())
+    problems += [f"{key}: {past[id(modules[key])]}" for key in file.layers if id(modules.get(key)) in past]
     for key in file.layers.keys() & modules.keys():
         record, module = file.layers[key], modules[key]
         saved = ConvGeometry.from_dict(record.geometry)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import hosting
 from .reports import table
-from .state import ModelState, adapter_at, find_state, module_at, require_state
+from .state import ModelState, adapter_at, find_state, module_at, require_hosts, require_state
 
 
 def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> l
         weight_decay: of weights.
 
     Raises:
-        StateError: if nothing is injected.
+        StateError: if nothing is injected, or an adapted layer or held norm was replaced since.
 
     Example:
         >>> import torch, convpeft
@@ -35,6 +35,7 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> l
         [('default.lora x0.5', 0.05, 0.05)]
     """
     root, state = require_state(model)
+    require_hosts(root, state)
     groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     seen: set[int] = set()
     for name in state.running:

@@ -11,6 +11,7 @@ from torch import nn
 import convpeft
 from convpeft import hosting, injection
 from convpeft.adapters import Adapter
+from convpeft.adding import update
 
 from .cases import (
     DTYPES,
@@ -184,7 +185,7 @@ def test_groups_never_leak(case, variant):
     moved = x.clone()
     moved[:, :inside] += torch.randn_like(moved[:, :inside])  # the first group only
     bare = nn.ConvTranspose2d.forward if isinstance(layer, nn.ConvTranspose2d) else nn.Conv2d.forward
-    before, after = (hosting.update(layer, adapter, each, bare(layer, each)) for each in (x, moved))
+    before, after = (update(layer, adapter, each, bare(layer, each)) for each in (x, moved))
     assert torch.equal(after[:, outside:], before[:, outside:])
     assert not torch.equal(after[:, :outside], before[:, :outside])
 

@@ -111,9 +111,7 @@ def test_a_convolution_with_factors_has_the_gradients_of_the_plain_one(settings,
     def run(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return lean.convolve(layer, x, Factors(down, up, form), True)
 
-    hidden = F.conv2d(
-        x, factors.down, None, layer.stride, layer.padding, layer.dilation, layer.groups
-    )
+    hidden = F.conv2d(x, factors.down, None, layer.stride, layer.padding, layer.dilation, layer.groups)
     assert_relative(run(x, *factors[:2]), layer(x) + F.conv2d(hidden, factors.up, groups=layer.groups))
     assert type(run(x, *factors[:2]).grad_fn).__name__ == "_ConvolutionBackward"
     assert torch.autograd.gradcheck(run, (x, *factors[:2]))
@@ -150,7 +148,9 @@ def test_a_channels_last_input_stays_so_both_ways():
     torch.testing.assert_close(torch.autograd.grad(output.square().sum(), x)[0], expected)
 
 
-@pytest.mark.parametrize("act", [nn.SiLU(), nn.SiLU(inplace=True), nn.ReLU(), nn.GELU("tanh"), nn.LeakyReLU(0.2)], ids=str)
+@pytest.mark.parametrize(
+    "act", [nn.SiLU(), nn.SiLU(inplace=True), nn.ReLU(), nn.GELU("tanh"), nn.LeakyReLU(0.2)], ids=str
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_values_and_gradients_do_not_depend_on_lean(act, training):
     models = [adapted(act=act, lean=flag).train(training) for flag in (True, False)]
@@ -187,7 +187,9 @@ def test_nothing_is_kept_upstream_of_the_first_adapter():
 
 
 def test_a_frozen_layer_downstream_keeps_no_map():
-    chain = nn.Sequential(nn.Conv2d(3, 4, 1), *(nn.Conv2d(4, 4, 3, padding=1) for _ in range(5)), nn.BatchNorm2d(4)).double()
+    chain = nn.Sequential(
+        nn.Conv2d(3, 4, 1), *(nn.Conv2d(4, 4, 3, padding=1) for _ in range(5)), nn.BatchNorm2d(4)
+    ).double()
     counts = {}
     for flag in (True, False):
         model = copy.deepcopy(chain)

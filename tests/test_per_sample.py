@@ -176,8 +176,11 @@ def test_an_error_in_a_layer_leaves_the_model_as_it_was():
 class TestRefusals:
     def test_a_batch_of_another_size(self):
         model = adapted({"rules": [KINDS["lora"]]})
-        with convpeft.route(model, ["a", None]), pytest.raises(
-            convpeft.StateError, match=r"given 2 samples, but stem sees inputs of shape \[\(3, 3, 10, 10\)\]"
+        with (
+            convpeft.route(model, ["a", None]),
+            pytest.raises(
+                convpeft.StateError, match=r"given 2 samples, but stem sees inputs of shape \[\(3, 3, 10, 10\)\]"
+            ),
         ):
             model(images(3))
 
@@ -189,7 +192,10 @@ class TestRefusals:
         model = nn.Sequential(nn.Conv2d(3, 4, 1), Pooled()).double()
         rule = {"match": "1", "kind": "lora", "place": "output", "channels": 4}
         convpeft.inject(model, {"rules": [rule]}, name="a")
-        with convpeft.route(model, ["a", "a"]), pytest.raises(convpeft.StateError, match=r"1 returned shapes .* cannot be routed"):
+        with (
+            convpeft.route(model, ["a", "a"]),
+            pytest.raises(convpeft.StateError, match=r"1 returned shapes .* cannot be routed"),
+        ):
             model(images(2))
 
     @pytest.mark.parametrize(

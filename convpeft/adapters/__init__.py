@@ -1,6 +1,6 @@
 """The adapter kinds: importing this package registers the built-in ones."""
 
-from ..hosting import Host
+from ..adding import Host
 from .base import Adapter, AdapterOptions, Place, Site
 from .bottleneck import Bottleneck
 from .conv_lora import ConvLora

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..adding import Host
 from ..errors import NotMergeable
 from ..geometry import PLAIN_HOSTS
-from ..hosting import Host
 from ..kernels import Chain, ConvKernel, compose_pointwise, embed_on_grid
 from ..low_rank import Factors, Form, cheapest
 from ..registry import register_adapter

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..adding import Host
 from ..errors import NotMergeable, UnknownKind, closest
 from ..geometry import ConvGeometry
-from ..hosting import Host
 from ..kernels import Chain, ConvKernel
 from .base import Adapter, AdapterOptions, Site, probability
 from .peft_layers import Change, build_layer, change_of, peft_config, peft_types
