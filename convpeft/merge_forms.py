@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from . import hosting
 from .adapters.base import Adapter, exact
 from .chains import set_bias
+from .copying import copied
 from .errors import GeometryError, MergeError, ShapeMismatch
 from .geometry import PLAIN_HOSTS, ConvGeometry, random_input
 from .kernels import Chain, ConvKernel, add_kernels, compose, embed_on_grid
@@ -252,25 +252,25 @@ def plain_chain(chain: Chain, like: nn.Module) -> nn.Sequential:
 
 def plain_copy(module: nn.Module) -> nn.Module:
     """Return a copy without adapters, values as shown, in float64 on the CPU and in eval mode."""
-    copied = _exact_copy(module)
-    hosting.settle(copied)
-    hosting.restore(copied)
-    return copied
+    plain = _exact_copy(module)
+    hosting.settle(plain)
+    hosting.restore(plain)
+    return plain
 
 
 def bare_copy(layer: nn.Module) -> nn.Module:
     """Return a layer of the same class and settings with no bias, no children and no hooks."""
-    copied: Any = plain_copy(layer)
-    copied.bias = None
-    copied._modules.clear()
-    copied._forward_hooks.clear()
-    copied._forward_pre_hooks.clear()
-    return copied
+    bare: Any = plain_copy(layer)
+    bare.bias = None
+    bare._modules.clear()
+    bare._forward_hooks.clear()
+    bare._forward_pre_hooks.clear()
+    return bare
 
 
 def _exact_copy(module: nn.Module) -> nn.Module:
     """Return a copy in float64 on the CPU and in eval mode; its hooks stay, for a hook may change what it computes."""
-    return copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval()
+    return copied(module).to(device="cpu", dtype=torch.float64).eval()
 
 
 def probe(job: Job, merged: Merged) -> tuple[nn.Module | None, list[nn.Sequential]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from . import hosting
 from .chains import hang, refuse_fusing, set_bias
+from .copying import copied
 from .errors import GeometryError, MergeError, OptionError
 from .folding import Fold, fold_parts, put_folds
 from .merge_forms import Form, Job, Merged, probe, solve
@@ -143,7 +143,7 @@ def merge(model: nn.Module, *, form: str = "auto", inplace: bool = False, strict
     """
     require_state(model)
     _check_form(form)
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copied(model)
     root, state = require_state(model)
     parts = _work_out(root, state, form)
     reasons = {part.job.name: part.merged.reason for part in parts if part.merged.form == "kept"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .copying import copied
 from .geometry import PLAIN_HOSTS, ConvGeometry, random_input
 from .hosting import base_class, device_and_dtype, located, restore, settle
 
@@ -60,7 +60,7 @@ def probe_outputs(
         generic image gives an empty result; one that cannot run on the user's own example raises its own error.
     """
     try:
-        model = copy.deepcopy(root).eval()
+        model = copied(root).eval()
         device, dtype = device_and_dtype([root])
         inputs = as_inputs(torch.zeros(_IMAGE, device=device, dtype=dtype) if example is None else example)
         with watch([(name, model.get_submodule(name)) for name in names]) as outputs, torch.no_grad():
@@ -123,7 +123,7 @@ def unlike_its_convolution(layer: nn.Module) -> str | None:
     size = 2 * max(geometry.kernel_size) * max(geometry.dilation) + 5
     x = random_input(geometry, size, generator)
     try:
-        plain = copy.deepcopy(layer).to(device="cpu", dtype=torch.float64).eval()
+        plain = copied(layer).to(device="cpu", dtype=torch.float64).eval()
         with torch.no_grad():
             output = plain(x)
         expected = geometry.convolve(x, torch.zeros(geometry.weight_shape(), dtype=x.dtype)).shape
@@ -150,7 +150,7 @@ def unreadable(layer: nn.Module) -> str | None:
     geometry = ConvGeometry.of(layer)
     generator = torch.Generator().manual_seed(0)
     x = random_input(geometry, 2 * max(geometry.kernel_size) * max(geometry.dilation) + 5, generator)
-    plain = copy.deepcopy(layer)
+    plain = copied(layer)
     settle(plain)
     restore(plain)
     plain = plain.to(device="cpu", dtype=torch.float64).eval()

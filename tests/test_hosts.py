@@ -1,0 +1,63 @@
+"""Hosts that are not simply ``Conv2d(...)``: each is adapted as declared, and merged right or refused with a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import Conv2dSame
+from torch import nn
+from torch.nn.utils import prune, spectral_norm, weight_norm
+
+import convpeft
+
+from .cases import assert_relative, randomised
+
+PARALLEL = ["lora", "rep_mona", "moe_rep_mona", "conv_lora"]
+FORMS = ["auto", "single", "factored"]
+LORA = {"match": "layer", "kind": "lora", "rank": 2}
+REP_MONA = {"match": "layer", "kind": "rep_mona", "rank": 2, "kernel_sizes": [3, 5]}
+
+
+def hosting(layer: nn.Module, *rules: dict) -> nn.ModuleDict:
+    """Return a float64 model of one layer with these adapters, all active and none the identity."""
+    model = nn.ModuleDict({"layer": layer}).double().eval()
+    for number, rule in enumerate(rules):
+        convpeft.inject(model, {"rules": [rule]}, name=f"a{number}")
+    convpeft.set_active(model, [f"a{number}" for number in range(len(rules))])
+    return randomised(model)
+
+
+def image(height: int = 11, width: int = 9) -> torch.Tensor:
+    """Return two random images of four channels."""
+    return torch.randn(2, 4, height, width, dtype=torch.float64)
+
+
+HOOKED = {
+    "weight_norm": weight_norm,
+    "spectral_norm": spectral_norm,
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", HOOKED)
+def test_weights_that_a_hook_computed_with_gradients_are_refused_and_kept(name, inplace):
+    model = nn.ModuleDict({"layer": HOOKED[name](nn.Conv2d(4, 6, 3, padding=1)), "other": nn.Conv2d(4, 6, 1)}).double()
+    with torch.enable_grad():
+        model["layer"](image())  # leaves a weight that is no leaf of the graph, which copy.deepcopy refuses
+    convpeft.inject(model, {"rules": [{**LORA, "match": "*"}]})
+    randomised(model.eval())
+    with pytest.raises(convpeft.MergeError, match="layer: its weight is not a plain parameter"):
+        convpeft.merge(model, inplace=inplace)
+    x = image()
+    expected = model["layer"](x), model["other"](x)
+    kept = convpeft.merge(model, strict=False, inplace=inplace)
+    assert torch.equal(kept["layer"](x), expected[0])
+    assert_relative(kept["other"](x), expected[1])
+    assert type(kept["other"]) is nn.Conv2d
+
+
+def test_a_subclass_whose_weight_a_hook_computes_is_planned():
+    model = nn.ModuleDict({"layer": weight_norm(Conv2dSame(4, 6, 3))})
+    model["layer"](torch.randn(1, 4, 5, 5))
+    assert [planned.name for planned in convpeft.plan(model, {"rules": [LORA]}).layers] == ["layer"]
