@@ -10,7 +10,7 @@ from torch.nn.utils import prune, spectral_norm, weight_norm
 
 import convpeft
 
-from .cases import assert_relative, randomised
+from .cases import OPTIONS, assert_relative, randomised
 
 PARALLEL = ["lora", "rep_mona", "moe_rep_mona", "conv_lora"]
 FORMS = ["auto", "single", "factored"]
@@ -61,3 +61,27 @@ def test_a_subclass_whose_weight_a_hook_computes_is_planned():
     model = nn.ModuleDict({"layer": weight_norm(Conv2dSame(4, 6, 3))})
     model["layer"](torch.randn(1, 4, 5, 5))
     assert [planned.name for planned in convpeft.plan(model, {"rules": [LORA]}).layers] == ["layer"]
+
+
+@pytest.mark.parametrize("kind", PARALLEL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_gives_the_dtype_the_layer_gives(dtype, kind):
+    model, x = nn.ModuleDict({"layer": nn.Conv2d(4, 6, 3, padding=1)}).eval(), image().float()
+    rules = [{"match": "layer", "kind": kind, "place": "parallel", **options} for options in OPTIONS[kind]]
+    with torch.autocast("cpu", dtype=dtype):
+        bare = model["layer"](x)
+    for number, rule in enumerate(rules):
+        convpeft.inject(model, {"rules": [rule]}, name=f"a{number}")
+        with torch.autocast("cpu", dtype=dtype):
+            output = model["layer"](x)
+        assert output.dtype == bare.dtype == dtype
+        assert torch.equal(output, bare)
+
+
+@pytest.mark.parametrize("kind", PARALLEL)
+@torch.no_grad()
+def test_an_image_without_a_batch_is_served(kind):
+    for options in OPTIONS[kind]:
+        model = hosting(nn.Conv2d(4, 6, 3, padding=1), {"match": "layer", "kind": kind, "place": "parallel", **options})
+        x = image()
+        assert_relative(model["layer"](x[0]), model["layer"](x)[0])

@@ -95,7 +95,8 @@ class RepMona(Adapter):
         hidden = self.down_geometry.convolve(self.dropout(x), self.down)
         scales = reduce(torch.add, [branch(hidden) for branch in self.branches])
         mixed = self.mix_geometry.convolve(scales, self.mix)
-        return self.up_geometry.convolve(mixed + self.centre.sample(hidden), self.up) * self.scale
+        update = self.up_geometry.convolve(mixed + self.centre.sample(hidden), self.up)
+        return update * self.scale.to(update.dtype)  # under autocast a float32 scale would widen the output
 
     def chain(self) -> Chain:
         """Return D, one depthwise convolution that makes ``(sum_k DW_k, centre)`` of each channel, and U with M in it."""
