@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
@@ -61,6 +62,50 @@ def test_a_subclass_whose_weight_a_hook_computes_is_planned():
     model = nn.ModuleDict({"layer": weight_norm(Conv2dSame(4, 6, 3))})
     model["layer"](torch.randn(1, 4, 5, 5))
     assert [planned.name for planned in convpeft.plan(model, {"rules": [LORA]}).layers] == ["layer"]
+
+
+@pytest.mark.parametrize("name", ["layer", "other"])
+@pytest.mark.parametrize("lazy", [nn.LazyConv2d, nn.LazyConvTranspose2d])
+def test_lazy_layers_are_refused_until_they_have_run(lazy, name):
+    model = nn.ModuleDict({"layer": lazy(6, 3), "other": nn.Conv2d(4, 6, 1)})
+    for function in (convpeft.plan, convpeft.inject):
+        with pytest.raises(convpeft.SpecError, match="layer of it is lazy and has no weights yet; run the model once"):
+            function(model, {"rules": [{"match": name, "kind": "lora"}]})
+    model["layer"](torch.randn(1, 4, 5, 5))
+    convpeft.inject(model, {"rules": [{"match": name, "kind": "lora"}]})
+
+
+class FloatsOnly(nn.Conv2d):
+    """Its forward knows float32 only, as one with quantisation in it does."""
+
+    def forward(self, x):
+        if x.dtype != torch.float32:
+            raise RuntimeError("expected scalar type Float")
+        return super().forward(x)
+
+
+def test_a_forward_that_knows_float32_only_is_adapted_and_its_merge_refused():
+    model = nn.ModuleDict({"layer": FloatsOnly(4, 6, 3)})
+    convpeft.inject(model, {"rules": [LORA]})
+    randomised(model)
+    assert model["layer"](image().float()).shape == (2, 6, 9, 7)
+    with pytest.raises(convpeft.MergeError, match="it failed when run alone .*expected scalar type Float"):
+        convpeft.merge(model)
+
+
+class RoundedUp(nn.Conv2d):
+    """Pads as TensorFlow does: for most sizes of input, a large stride leaves nothing to pad."""
+
+    def forward(self, x):
+        steps = zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
+        high, wide = (max((-(-size // step) - 1) * step + taps - size, 0) for size, taps, step in steps)
+        return super().forward(F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2)))
+
+
+def test_a_forward_that_is_as_declared_for_some_sizes_only_is_refused():
+    model = nn.ModuleDict({"layer": RoundedUp(4, 6, 3, stride=4)})
+    with pytest.raises(convpeft.SpecError, match="it is not the convolution it declares"):
+        convpeft.plan(model, {"rules": [LORA]})
 
 
 @pytest.mark.parametrize("kind", PARALLEL)
