@@ -33,6 +33,59 @@ def image(height: int = 11, width: int = 9) -> torch.Tensor:
     return torch.randn(2, 4, height, width, dtype=torch.float64)
 
 
+def update_of(model: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+    """Return what the adapter adds to its layer's output."""
+    return model["layer"](x) - type(model["layer"]).adapted_from.forward(model["layer"], x)
+
+
+def edited(layer: nn.Conv2d, **fields) -> nn.Conv2d:
+    """Return a layer whose fields were set after it was made."""
+    for name, value in fields.items():
+        setattr(layer, name, value)
+    return layer
+
+
+EDITED = {
+    "dilated": lambda: edited(nn.Conv2d(4, 6, 3, padding=1), dilation=(2, 2), padding=(2, 2)),
+    "dilated-reflect": lambda: edited(
+        nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), dilation=(2, 2), padding=(2, 2)
+    ),
+    "circular-later": lambda: edited(nn.Conv2d(4, 6, 3, padding=1), padding_mode="circular"),
+    "numbers": lambda: edited(nn.Conv2d(4, 6, 3, padding=1), dilation=2, padding=2, stride=1),
+    "tuples-of-one": lambda: edited(nn.Conv2d(4, 6, 3, padding=1), padding=(2,), stride=(2,)),
+}
+
+
+@pytest.mark.parametrize("rule", [LORA, REP_MONA], ids=["lora", "rep_mona"])
+@pytest.mark.parametrize("name", EDITED)
+@torch.no_grad()
+def test_fields_set_after_construction_count_as_the_forward_reads_them(name, rule):
+    model, x = hosting(EDITED[name](), rule), image()
+    expected = model["layer"](x)
+    for form in FORMS:
+        assert_relative(convpeft.merge(model, form=form)["layer"](x), expected)
+
+
+@pytest.mark.parametrize("kind", PARALLEL)
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@torch.no_grad()
+def test_an_adapter_runs_on_every_map_its_layer_runs_on(mode, kind):
+    """Down to one pixel: a larger kernel's padding goes on as the layer's own does, round and round, to and fro."""
+    options = {**OPTIONS[kind][0], **({"kernel_sizes": [3, 7]} if "mona" in kind else {})}
+    rule = {"match": "layer", "kind": kind, "place": "parallel", **options}
+    pointwise = hosting(nn.Conv2d(4, 6, 1, padding_mode=mode), rule)
+    assert pointwise["layer"](image(1, 1)).shape == (2, 6, 1, 1)
+    model, side = hosting(nn.Conv2d(4, 6, 3, padding=1, padding_mode=mode), rule), 2 if mode == "reflect" else 1
+    x = image(side, side)
+    assert model["layer"](x).shape == (2, 6, side, side)
+    if mode == "circular" and kind in ("lora", "rep_mona"):  # a small map, repeated, is a larger one
+        assert_relative(model["layer"](x.repeat(1, 1, 9, 9))[..., :1, :1], model["layer"](x))
+    if mode == "reflect" and kind in ("lora", "rep_mona"):  # so is one that was reflected already
+        there_and_back = torch.cat([x, x[..., :1, :]], -2)
+        wide = torch.cat([there_and_back, there_and_back[..., :1]], -1)
+        assert_relative(model["layer"](wide)[..., :2, :2], model["layer"](x))
+
+
 HOOKED = {
     "weight_norm": weight_norm,
     "spectral_norm": spectral_norm,

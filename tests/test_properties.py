@@ -134,8 +134,12 @@ def assert_known_refusal(reason: str, layer: nn.Conv2d, chosen: list[dict]) -> N
 
 
 @pytest.mark.parametrize("mode", ["reflect", "circular"])
-def test_inputs_smaller_than_a_grown_padding_fail_in_words(mode):
+def test_merged_layers_refuse_inputs_smaller_than_their_grown_padding_in_words(mode):
     model = nn.ModuleDict({"layer": nn.Conv2d(4, 6, 3, padding=1, padding_mode=mode)})
     convpeft.inject(model, {"rules": [{"match": "layer", "kind": "rep_mona", "kernel_sizes": [7]}]})
-    with pytest.raises(RuntimeError, match=r"[Pp]adding"):
-        model["layer"](torch.randn(1, 4, 2, 2))
+    randomised(model)
+    small = torch.randn(1, 4, 2, 2)
+    assert model["layer"](small).shape == (1, 6, 2, 2)
+    for form in ("single", "factored"):
+        with pytest.raises(RuntimeError, match=r"[Pp]adding"):
+            convpeft.merge(model, form=form)["layer"](small)
