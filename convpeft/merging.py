@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -182,7 +182,8 @@ def _work_out(root: nn.Module, state: ModelState, form: str) -> list[_Part]:
         merged = solve(job, form)
         try:
             if merged.form != "kept":
-                layer, chains = _cast(job, *probe(job, merged))
+                merged, layer, chains = _probed(job, merged)
+                layer, chains = _cast(job, layer, chains)
                 parts.append(_Part(job, merged, layer, tuple(chains)))
                 continue
         except (MergeError, GeometryError) as error:
@@ -191,6 +192,21 @@ def _work_out(root: nn.Module, state: ModelState, form: str) -> list[_Part]:
         reason = "; ".join(dict.fromkeys([merged.reason, *(fold.what for fold in folds)]))
         parts.append(_Part(job, merged.kept(reason), folds=folds))
     return parts
+
+
+def _probed(job: Job, merged: Merged) -> tuple[Merged, nn.Module | None, list[nn.Sequential]]:
+    """Return the form that passes the probe, and its parts: a layer that computes more than its kernel says takes a chain."""
+    try:
+        return (merged, *probe(job, merged))
+    except MergeError as error:
+        chain = merged.otherwise
+        if chain is None:
+            raise
+        try:
+            parts = probe(job, chain)
+        except MergeError:
+            raise error from None  # what was tried first says more
+        return (replace(chain, reason="its forward is more than the convolution of its weight"), *parts)
 
 
 def _jobs(root: nn.Module, state: ModelState) -> list[Job]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame
+from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
-from torch.nn.utils import prune, spectral_norm, weight_norm
+from torch.nn.utils import parametrize, prune, spectral_norm, weight_norm
 
 import convpeft
 
@@ -28,14 +30,14 @@ def hosting(layer: nn.Module, *rules: dict) -> nn.ModuleDict:
     return randomised(model)
 
 
-def image(height: int = 11, width: int = 9) -> torch.Tensor:
-    """Return two random images of four channels."""
-    return torch.randn(2, 4, height, width, dtype=torch.float64)
-
-
 def update_of(model: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
     """Return what the adapter adds to its layer's output."""
     return model["layer"](x) - type(model["layer"]).adapted_from.forward(model["layer"], x)
+
+
+def image(height: int = 11, width: int = 9) -> torch.Tensor:
+    """Return two random images of four channels."""
+    return torch.randn(2, 4, height, width, dtype=torch.float64)
 
 
 def edited(layer: nn.Conv2d, **fields) -> nn.Conv2d:
@@ -64,6 +66,52 @@ def test_fields_set_after_construction_count_as_the_forward_reads_them(name, rul
     expected = model["layer"](x)
     for form in FORMS:
         assert_relative(convpeft.merge(model, form=form)["layer"](x), expected)
+
+
+TF_SAME = {
+    "std": lambda stride, size: StdConv2dSame(4, 6, size, stride=stride, padding="same"),
+    "std-by-default": lambda stride, size: StdConv2dSame(4, 6, size, stride=stride),
+    "scaled-std": lambda stride, size: ScaledStdConv2dSame(4, 6, size, stride=stride, padding="same"),
+}
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("name", TF_SAME)
+@torch.no_grad()
+def test_standardised_layers_with_tf_padding_are_adapted_on_the_pixels_they_look_at(name, stride, size):
+    layer = TF_SAME[name](stride, size)
+    for rule in (LORA, REP_MONA):
+        model = hosting(copy.deepcopy(layer), rule)
+        twin = hosting(Conv2dSame(4, 6, size, stride=stride), rule)  # the same pixels, and a plain forward
+        twin["layer"].convpeft.a0.load_state_dict(model["layer"].convpeft.a0.state_dict())
+        for height in (9, 10, 11):
+            x = image(height, 12)
+            assert_relative(update_of(model, x), update_of(twin, x), 1e-10)
+        merged = convpeft.merge(model)["layer"]
+        assert type(merged) is type(layer)
+        assert_relative(merged(x), model["layer"](x))
+        with pytest.raises(convpeft.MergeError, match=r"does not compute what the adapted one does|clamped"):
+            convpeft.merge(model, form="single")
+
+
+@pytest.mark.parametrize("kernel_sizes", [[3], [5, 7]])
+@pytest.mark.parametrize("stride", [2, 3, (2, 1)])
+@torch.no_grad()
+def test_a_strided_1x1_with_tf_padding_takes_a_chain_of_plain_convolutions(stride, kernel_sizes):
+    model = hosting(Conv2dSame(4, 6, 1, stride=stride), {**REP_MONA, "kernel_sizes": kernel_sizes})
+    for form in ("auto", "factored"):
+        merged = convpeft.merge(model, form=form)["layer"]
+        assert type(merged) is Conv2dSame
+        assert merged.kernel_size == (1, 1)
+        assert {type(step) for step in merged.beside[0]} == {nn.Conv2d}
+        for height in range(7, 13):
+            x = image(height, 12)
+            assert_relative(merged(x), model["layer"](x))
+    (row,) = convpeft.plan_merge(model).rows
+    assert (row.form, row.macs_single) == ("factored", None)
+    with pytest.raises(convpeft.MergeError, match=r"clamped.*form='factored' can"):
+        convpeft.merge(model, form="single")
 
 
 @pytest.mark.parametrize("kind", PARALLEL)
@@ -117,6 +165,24 @@ def test_a_subclass_whose_weight_a_hook_computes_is_planned():
     assert [planned.name for planned in convpeft.plan(model, {"rules": [LORA]}).layers] == ["layer"]
 
 
+class Doubled(nn.Module):
+    """A parametrisation without an inverse."""
+
+    def forward(self, value):
+        return 2 * value
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rule", [LORA, REP_MONA, {**LORA, "dora": True}], ids=["lora", "rep_mona", "dora"])
+@torch.no_grad()
+def test_a_computed_bias_is_refused(rule, form):
+    layer = nn.Conv2d(4, 6, 3, padding=1)
+    parametrize.register_parametrization(layer, "bias", Doubled())
+    model = hosting(layer, rule)
+    with pytest.raises(convpeft.MergeError, match="layer: its bias is not a plain parameter"):
+        convpeft.merge(model, form=form)
+
+
 @pytest.mark.parametrize("name", ["layer", "other"])
 @pytest.mark.parametrize("lazy", [nn.LazyConv2d, nn.LazyConvTranspose2d])
 def test_lazy_layers_are_refused_until_they_have_run(lazy, name):
@@ -142,7 +208,7 @@ def test_a_forward_that_knows_float32_only_is_adapted_and_its_merge_refused():
     convpeft.inject(model, {"rules": [LORA]})
     randomised(model)
     assert model["layer"](image().float()).shape == (2, 6, 9, 7)
-    with pytest.raises(convpeft.MergeError, match="it failed when run alone .*expected scalar type Float"):
+    with pytest.raises(convpeft.MergeError, match=r"it failed when run alone .*expected scalar type Float"):
         convpeft.merge(model)
 
 
@@ -159,6 +225,29 @@ def test_a_forward_that_is_as_declared_for_some_sizes_only_is_refused():
     model = nn.ModuleDict({"layer": RoundedUp(4, 6, 3, stride=4)})
     with pytest.raises(convpeft.SpecError, match="it is not the convolution it declares"):
         convpeft.plan(model, {"rules": [LORA]})
+
+
+@pytest.mark.parametrize("place", ["parallel", "output"])
+@pytest.mark.parametrize("kind", ["lora", "rep_mona"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_merging_what_changes_nothing_changes_no_bit(dtype, form, kind, place):
+    for layer in (nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 2, stride=2), Conv2dSame(4, 6, 1)):
+        model = nn.ModuleDict({"layer": layer}).to(dtype).eval()
+        x = image().to(dtype)
+        expected = model["layer"](x)
+        convpeft.inject(model, {"rules": [{"match": "layer", "kind": kind, "place": place}]})
+        assert torch.equal(convpeft.merge(model, form=form)["layer"](x), expected)
+
+
+@torch.no_grad()
+def test_an_adapter_that_adds_nothing_costs_nothing_beside_one_that_does():
+    model, x = hosting(nn.Conv2d(4, 6, 1), LORA, REP_MONA), image()
+    model["layer"].convpeft.a1.up.zero_()
+    (row,) = convpeft.plan_merge(model).rows
+    assert row.form == "absorbed"
+    assert_relative(convpeft.merge(model)["layer"](x), model["layer"](x))
 
 
 @pytest.mark.parametrize("kind", PARALLEL)
@@ -183,3 +272,15 @@ def test_an_image_without_a_batch_is_served(kind):
         model = hosting(nn.Conv2d(4, 6, 3, padding=1), {"match": "layer", "kind": kind, "place": "parallel", **options})
         x = image()
         assert_relative(model["layer"](x[0]), model["layer"](x)[0])
+
+
+@pytest.mark.parametrize("layer", [StdConv2d, ScaledStdConv2d])
+@torch.no_grad()
+def test_a_layer_that_is_called_twice_and_has_two_names_merges_once(layer):
+    shared = layer(4, 4, 3, padding=1)
+    model = hosting(shared, REP_MONA)
+    model["again"] = shared
+    x = image()
+    merged = convpeft.merge(model)
+    assert merged["layer"] is merged["again"]
+    assert_relative(merged["again"](merged["layer"](x)), model["again"](model["layer"](x)))
