@@ -15,7 +15,7 @@ from .chains import set_bias
 from .copying import copied
 from .errors import GeometryError, MergeError, ShapeMismatch
 from .geometry import PLAIN_HOSTS, ConvGeometry, random_input
-from .kernels import Chain, ConvKernel, add_kernels, compose, embed_on_grid
+from .kernels import Chain, ConvKernel, add_kernels, balanced, compose, embed_on_grid
 
 Form = Literal["absorbed", "single", "factored", "kept"]
 TOLERANCE = 1e-12  # relative to the largest output, in float64
@@ -169,7 +169,7 @@ def _beside(host: ConvKernel, chains: Sequence[Chain], form: str) -> Merged:
         single, refusal = add_kernels(host, [kernels[number] for number in counted]), ""
     except (GeometryError, ShapeMismatch) as error:
         single, refusal = None, str(error)
-    kept = [plain[number] for number in counted]
+    kept = [balanced(plain[number]) for number in counted]
     factored = geometry.macs + sum(chain_macs(chain) for chain in kept)
     rows = replace(base, macs_single=None if single is None else single.geometry.macs, macs_factored=factored)
     if not useful:
@@ -227,7 +227,8 @@ def _after(job: Job, chains: Sequence[Chain], form: str) -> Merged:
         after = f"{type_of(job.target)} + {single.geometry}"
         return replace(rows, form="single", chains=((single,),), after=after, reason="one convolution on the output")
     after = f"{type_of(job.target)} + {' + '.join(describe(chain) for chain in chains)}"
-    return replace(rows, form="factored", chains=tuple(chains), after=after, reason="a plain chain on the output")
+    chains = tuple(balanced(chain) for chain in chains)
+    return replace(rows, form="factored", chains=chains, after=after, reason="a plain chain on the output")
 
 
 def _one_kernel(chains: Sequence[Chain]) -> ConvKernel | None:
