@@ -153,7 +153,8 @@ def _failed(x: Tensor, error: Exception) -> str:
 
 
 def _probe_size(geometry: ConvGeometry) -> int:
-    return 2 * max(geometry.kernel_size) * max(geometry.dilation) + 5
+    """Return a size at which the kernel sees pixels that are no border, and every padding is smaller than the input."""
+    return max(2 * max(geometry.kernel_size) * max(geometry.dilation) + 5, *(side + 2 for side in geometry.padding))
 
 
 def unreadable(layer: nn.Module) -> str | None:

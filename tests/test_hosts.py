@@ -194,6 +194,18 @@ def test_lazy_layers_are_refused_until_they_have_run(lazy, name):
     convpeft.inject(model, {"rules": [{"match": name, "kind": "lora"}]})
 
 
+class Plain(nn.Conv2d):
+    """A subclass and nothing else."""
+
+
+@pytest.mark.parametrize("mode", ["reflect", "circular"])
+@pytest.mark.parametrize("rule", [LORA, {**LORA, "dora": True}], ids=["lora", "dora"])
+@torch.no_grad()
+def test_a_subclass_may_pad_by_more_than_its_kernel(rule, mode):
+    model, x = hosting(Plain(4, 6, 1, padding=(9, 12), padding_mode=mode), rule), image(13, 13)
+    assert_relative(convpeft.merge(model)["layer"](x), model["layer"](x))
+
+
 class FloatsOnly(nn.Conv2d):
     """Its forward knows float32 only, as one with quantisation in it does."""
 
