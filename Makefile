@@ -14,7 +14,7 @@ help:
 	@echo "make test    install into $(VENV) and run all tests (ARGS=... goes to pytest)"
 	@echo "make quick   the tests without the slow ones"
 	@echo "make mutants drop each field of ConvGeometry in turn and see a test fail (about a minute)"
-	@echo "make nightly the property tests with 20,000 examples each (about an hour)"
+	@echo "make nightly the property tests with more than 20,000 different cases (about half an hour)"
 	@echo "make check   format and lint, types, doctests, quick tests"
 	@echo "make docs    build the pages of docs/ into build/site"
 	@echo "make clean   delete $(VENV), runs, caches and generated data"
@@ -39,7 +39,7 @@ mutants: $(VENV)/.installed-example,commands,detectors,test
 	$(BIN)/python -m tests.mutants
 
 nightly: $(VENV)/.installed-example,commands,detectors,test
-	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile=nightly --hypothesis-show-statistics $(ARGS)
+	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile=nightly -s $(ARGS)
 
 check: $(VENV)/.installed-example,commands,detectors,test,dev
 	$(BIN)/ruff format .

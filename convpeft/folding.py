@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from . import hosting
 from .adapters.base import Adapter
+from .copying import copied
 from .errors import MergeError
 from .geometry import random_input
 from .merge_forms import TOLERANCE, Job
@@ -73,9 +73,7 @@ def _probe(adapter: Adapter, folded: Adapter) -> None:
     )
     x = random_input(adapter.site.geometry, size, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, got = (
-            copy.deepcopy(one).to(device="cpu", dtype=torch.float64).eval()(x) for one in (adapter, folded)
-        )
+        expected, got = (copied(one).to(device="cpu", dtype=torch.float64).eval()(x) for one in (adapter, folded))
     difference, scale = float((expected - got).abs().max()), float(expected.abs().max())
     if not difference <= TOLERANCE * scale:
         raise MergeError(

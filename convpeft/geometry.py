@@ -69,7 +69,7 @@ class ConvGeometry:
             layer.out_channels,
             kernel,
             _pair(layer.stride),
-            (0, 0, 0, 0) if dynamic else _sides(layer.padding, kernel, dilation),
+            (0, 0, 0, 0) if dynamic else _own_sides(layer, kernel, dilation),
             dilation,
             layer.groups,
             layer.padding_mode,
@@ -167,6 +167,10 @@ class ConvGeometry:
             f"its TF-style 'same' padding is clamped (kernel span {tuple(spans)} below stride {self.stride}), "
             "so a larger kernel would be centred on other pixels"
         )
+
+    def settled(self) -> ConvGeometry:
+        """Return the same geometry without dynamic padding where that is zero for every input: a 1x1 kernel."""
+        return replace(self, dynamic_kernel=None) if self.dynamic_kernel == (1, 1) else self
 
     def amounts(self, height: int, width: int) -> Sides:
         """Return the padding for an input of this size: top, bottom, left, right."""
@@ -309,8 +313,12 @@ class ConvGeometry:
 
 
 def is_tf_same(layer: nn.Module) -> bool:
-    """Return whether the layer pads as TensorFlow's ``same`` does, anew for each input size (timm's Conv2dSame)."""
-    return any(base.__name__ == "Conv2dSame" and base.__module__.startswith("timm.") for base in type(layer).__mro__)
+    """Return whether the layer pads as TensorFlow's ``same`` does, anew for each input size.
+
+    That is timm's ``Conv2dSame``, and its standardised layers where their ``same_pad`` says so.
+    """
+    timms = [base for base in type(layer).__mro__ if base.__module__.startswith("timm.")]
+    return any(base.__name__ == "Conv2dSame" for base in timms) or bool(timms and getattr(layer, "same_pad", False))
 
 
 def _swapped(weight: Tensor, groups: int) -> Tensor:
@@ -320,7 +328,16 @@ def _swapped(weight: Tensor, groups: int) -> Tensor:
 
 
 def _pair(value: Any) -> Pair:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+
+
+def _own_sides(layer: Any, kernel: Pair, dilation: Pair) -> Sides:
+    """Return a layer's padding; in all modes but ``zeros`` its forward reads another field than ``padding``."""
+    before_and_after = getattr(layer, "_reversed_padding_repeated_twice", None)
+    if layer.padding_mode == "zeros" or not before_and_after:
+        return _sides(layer.padding, kernel, dilation)
+    left, right, top, bottom = before_and_after
+    return (top, bottom, left, right)
 
 
 def _sides(padding: Any, kernel: Pair, dilation: Pair) -> Sides:
@@ -343,10 +360,22 @@ def _pad(x: Tensor, sides: Sides, mode: str) -> Tensor:
     """Pad, then crop where a side is negative: circular padding wraps around the whole input, not the cropped one."""
     top, bottom, left, right = sides
     grow = [max(0, left), max(0, right), max(0, top), max(0, bottom)]
-    if any(grow):
+    height, width = x.shape[-2], x.shape[-1]
+    most = [height - (mode == "reflect"), width - (mode == "reflect")]
+    if mode in ("reflect", "circular") and (max(grow[2:]) > most[0] or max(grow[:2]) > most[1]):
+        x = _repeated(_repeated(x, -2, grow[2], grow[3], mode), -1, grow[0], grow[1], mode)
+    elif any(grow):
         x = F.pad(x, grow, mode=_FLIP[mode])
     height, width = x.shape[-2], x.shape[-1]
     return x[..., max(0, -top) : height - max(0, -bottom), max(0, -left) : width - max(0, -right)]
+
+
+def _repeated(x: Tensor, axis: int, before: int, after: int, mode: str) -> Tensor:
+    """Pad one axis by more than torch does: round and round (``circular``), to and fro (``reflect``)."""
+    pixels = x.shape[axis]
+    period = pixels if mode == "circular" else max(1, 2 * (pixels - 1))
+    positions = torch.arange(-before, pixels + after, device=x.device) % period
+    return x.index_select(axis, torch.where(positions < pixels, positions, period - positions))
 
 
 def output_geometry(channels: int, channels_last: bool) -> ConvGeometry:
@@ -357,4 +386,4 @@ def output_geometry(channels: int, channels_last: bool) -> ConvGeometry:
 def random_input(geometry: ConvGeometry, size: int, generator: torch.Generator) -> Tensor:
     """Return a small float64 input for probes: ``(2, in, size, size + 1)``, or ``(2, in)`` for a linear geometry."""
     shape = (2, geometry.in_channels) if geometry.linear else (2, geometry.in_channels, size, size + 1)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")

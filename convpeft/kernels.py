@@ -5,6 +5,7 @@ Everything here is exact linear algebra on float64 kernels; the caller casts onc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -150,6 +151,33 @@ def _compose_pair(first: ConvKernel, second: ConvKernel) -> ConvKernel:
         )
         return ConvKernel(weight, second.bias, geometry)
     raise GeometryError(f"no exact composition of {first.geometry} followed by {second.geometry}")
+
+
+def balanced(chain: Chain) -> Chain:
+    """Return the same chain with the sizes of its weights evened out by powers of two, which is exact.
+
+    Factors such as ``(1000 D)`` and ``(U / 1000)`` are one adapter like ``D`` and ``U``, and end in overflows and subnormal numbers
+    when cast to half precision.
+
+    Example:
+        >>> import torch
+        >>> large, small = torch.full((2, 3, 1, 1), 1024.0), torch.full((4, 2, 1, 1), 1 / 1024)
+        >>> steps = (ConvKernel(large, None, ConvGeometry(3, 2)), ConvKernel(small, None, ConvGeometry(2, 4)))
+        >>> [float(step.weight.max()) for step in balanced(steps)]
+        [1.0, 1.0]
+    """
+    largest = [float(step.weight.abs().max()) for step in chain]
+    if not all(0 < size < math.inf for size in largest):
+        return chain
+    mean = sum(map(math.log2, largest)) / len(largest)
+    exponents = [round(mean - math.log2(size)) for size in largest[:-1]]
+    exponents.append(-sum(exponents))
+    steps, so_far = [], 0
+    for step, exponent in zip(chain, exponents, strict=True):
+        so_far += exponent
+        bias = None if step.bias is None else step.bias * 2.0**so_far
+        steps.append(replace(step, weight=step.weight * 2.0**exponent, bias=bias))
+    return tuple(steps)
 
 
 def add_kernels(host: ConvKernel, extra: Sequence[ConvKernel]) -> ConvKernel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from . import hosting
 from .adapters.base import Adapter, exact
 from .chains import set_bias
+from .copying import copied
 from .errors import GeometryError, MergeError, ShapeMismatch
 from .geometry import PLAIN_HOSTS, ConvGeometry, random_input
-from .kernels import Chain, ConvKernel, add_kernels, compose, embed_on_grid
+from .kernels import Chain, ConvKernel, add_kernels, balanced, compose, embed_on_grid
 
 Form = Literal["absorbed", "single", "factored", "kept"]
 TOLERANCE = 1e-12  # relative to the largest output, in float64
-_COMPUTED = "its weight is not a plain parameter (parametrised, weight-normed or pruned)"
 _NOT_FINITE = "its own weight or bias is not finite"
 
 
@@ -55,6 +54,8 @@ class Merged:
         before, after: what is shown of the layer's kernels.
         macs_before, macs_single, macs_factored: multiply-accumulates for one output position; None when there is no such form.
         reason: why this form, or why none.
+        otherwise: the chain to add where the layer's forward turns out not to be the convolution of its weight; None where
+            ``form`` asked for one kernel.
     """
 
     form: Form
@@ -67,6 +68,7 @@ class Merged:
     macs_single: int | None = None
     macs_factored: int | None = None
     reason: str = ""
+    otherwise: Merged | None = None
 
     @property
     def macs_after(self) -> int | None:
@@ -75,7 +77,7 @@ class Merged:
 
     def kept(self, reason: str) -> Merged:
         """Return the same layer, not merged, with the reason."""
-        return replace(self, form="kept", kernel=None, chains=(), reason=reason)
+        return replace(self, form="kept", kernel=None, chains=(), reason=reason, otherwise=None)
 
 
 def solve(job: Job, form: str) -> Merged:
@@ -89,7 +91,7 @@ def solve(job: Job, form: str) -> Merged:
     refused = Merged("kept", before=type_of(job.target))
     host = host_kernel(job.target)
     try:
-        beside = [_chain_beside(adapter, host) for adapter in job.adapters if adapter.site.place == "parallel"]
+        beside = [_chain_beside(adapter, host, job) for adapter in job.adapters if adapter.site.place == "parallel"]
         after = [adapter.chain() for adapter in job.adapters if adapter.site.place == "output"]
     except (MergeError, GeometryError) as error:
         return refused.kept(str(error))
@@ -97,7 +99,7 @@ def solve(job: Job, form: str) -> Merged:
     if not all(_is_finite(kernel) for kernel in kernels):
         return refused.kept("an adapter has non-finite weights")
     if host is None and isinstance(job.target, PLAIN_HOSTS):
-        return refused.kept(_COMPUTED)
+        return refused.kept(_computed(job.target))
     if host is not None and not _is_finite(host):
         return refused.kept(_NOT_FINITE)
     if host is not None and job.entry is None and _is_foldable(host, after):
@@ -108,22 +110,31 @@ def solve(job: Job, form: str) -> Merged:
     return _beside(host, beside, form) if beside and host else _after(job, after, form)
 
 
-def _chain_beside(adapter: Adapter, host: ConvKernel | None) -> Chain:
+def _chain_beside(adapter: Adapter, host: ConvKernel | None, job: Job) -> Chain:
     """Return a parallel adapter's chain, which may depend on the host's own kernel."""
     if not adapter.reads_host:
         return adapter.chain()
     if host is None or not _is_finite(host):
-        raise MergeError(_COMPUTED if host is None else _NOT_FINITE)
+        raise MergeError(_computed(job.layer) if host is None else _NOT_FINITE)
     return adapter.chain_beside(host)
 
 
 def host_kernel(layer: nn.Module) -> ConvKernel | None:
-    """Return a convolution's or Linear's own kernel in float64, or None for other modules and computed weights."""
-    if not isinstance(layer, PLAIN_HOSTS) or layer._parameters.get("weight") is None:
+    """Return a convolution's or Linear's own kernel in float64, or None for other modules and computed tensors."""
+    if not isinstance(layer, PLAIN_HOSTS) or _computed(layer):
         return None
     geometry = ConvGeometry.of(layer)
     weight = geometry.as_kernel(exact(layer.weight))
     return ConvKernel(weight, None if layer.bias is None else exact(layer.bias), geometry)
+
+
+def _computed(layer: nn.Module) -> str:
+    """Say which of a layer's tensors is not a parameter that a merge could replace; empty if none is."""
+    for name in ("weight", "bias"):
+        needed = name == "weight" or getattr(layer, name, None) is not None
+        if needed and layer._parameters.get(name) is None:
+            return f"its {name} is not a plain parameter (parametrised, weight-normed or pruned)"
+    return ""
 
 
 def type_of(module: nn.Module) -> str:
@@ -135,6 +146,10 @@ def _is_finite(kernel: ConvKernel) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in (kernel.weight, kernel.bias) if part is not None)
 
 
+def _is_zero(kernel: ConvKernel) -> bool:
+    return not any(bool(part.any()) for part in (kernel.weight, kernel.bias) if part is not None)
+
+
 def _is_foldable(host: ConvKernel, after: Sequence[Chain]) -> bool:
     """Whether output chains fold into the layer whose output they read: 1x1 after anything, groups alike."""
     return all(step.geometry.is_pointwise and step.geometry.groups == host.geometry.groups for c in after for step in c)
@@ -144,20 +159,46 @@ def _beside(host: ConvKernel, chains: Sequence[Chain], form: str) -> Merged:
     geometry = host.geometry
     base = Merged("kept", before=str(geometry), macs_before=geometry.macs)
     try:
-        single = add_kernels(host, [compose(chain) for chain in chains])
-        plain = tuple(_on_host_grid(chain, geometry) for chain in chains)
+        kernels = [compose(chain) for chain in chains]
+        plain = [_on_host_grid(chain, geometry) for chain in chains]
     except (GeometryError, ShapeMismatch) as error:
         return base.kept(str(error))
-    factored = geometry.macs + sum(chain_macs(chain) for chain in plain)
-    rows = replace(base, macs_single=single.geometry.macs, macs_factored=factored)
-    if single.geometry == geometry:
-        return replace(rows, form="absorbed", kernel=single, after=str(geometry), reason="the kernel does not grow")
-    if form == "single" or (form == "auto" and single.geometry.macs <= factored):
-        reason = "asked for" if form == "single" else "one kernel costs no more than the chain"
-        return replace(rows, form="single", kernel=single, after=str(single.geometry), reason=reason)
-    reason = "asked for" if form == "factored" else f"one kernel ({single.geometry}) would cost more"
-    after = f"{geometry} + {' + '.join(describe(chain) for chain in plain)}"
-    return replace(rows, form="factored", chains=_with_bias(plain, host.bias), after=after, reason=reason)
+    useful = [number for number, kernel in enumerate(kernels) if not _is_zero(kernel)]
+    counted = useful or range(len(chains))  # a plan made before training shows what the adapters will cost
+    try:
+        single, refusal = add_kernels(host, [kernels[number] for number in counted]), ""
+    except (GeometryError, ShapeMismatch) as error:
+        single, refusal = None, str(error)
+    kept = [balanced(plain[number]) for number in counted]
+    factored = geometry.macs + sum(chain_macs(chain) for chain in kept)
+    rows = replace(base, macs_single=None if single is None else single.geometry.macs, macs_factored=factored)
+    if not useful:
+        return replace(rows, form="absorbed", kernel=host, after=str(geometry), reason="the adapters add nothing")
+    if single is None and form == "single":
+        return rows.kept(f"{refusal}; form='factored' can merge it")
+    limit = refusal or f"one kernel ({single and single.geometry}) would cost more"
+    reason = "asked for" if form == "factored" else limit
+    after = f"{geometry} + {' + '.join(describe(chain) for chain in kept)}"
+    chain = replace(rows, form="factored", chains=_with_bias(kept, host.bias), after=after, reason=reason)
+    return chain if single is None else _one_or_chain(single, chain, geometry, form)
+
+
+def _one_or_chain(single: ConvKernel, chain: Merged, host: ConvGeometry, form: str) -> Merged:
+    """Return the form that was asked for, or the cheaper one."""
+    assert chain.macs_factored is not None
+    grows = single.geometry != host
+    if grows and (form == "factored" or (form == "auto" and single.geometry.macs > chain.macs_factored)):
+        return chain
+    reason = "asked for" if form == "single" else "one kernel costs no more than the chain"
+    return replace(
+        chain,
+        form="single" if grows else "absorbed",
+        kernel=single,
+        chains=(),
+        after=str(single.geometry),
+        reason=reason if grows else "the kernel does not grow",
+        otherwise=None if form == "single" else chain,
+    )
 
 
 def _with_bias(chains: Sequence[Chain], bias: Tensor | None) -> tuple[Chain, ...]:
@@ -186,7 +227,8 @@ def _after(job: Job, chains: Sequence[Chain], form: str) -> Merged:
         after = f"{type_of(job.target)} + {single.geometry}"
         return replace(rows, form="single", chains=((single,),), after=after, reason="one convolution on the output")
     after = f"{type_of(job.target)} + {' + '.join(describe(chain) for chain in chains)}"
-    return replace(rows, form="factored", chains=tuple(chains), after=after, reason="a plain chain on the output")
+    chains = tuple(balanced(chain) for chain in chains)
+    return replace(rows, form="factored", chains=chains, after=after, reason="a plain chain on the output")
 
 
 def _one_kernel(chains: Sequence[Chain]) -> ConvKernel | None:
@@ -215,14 +257,21 @@ def describe(chain: Chain) -> str:
 def _on_host_grid(chain: Chain, host: ConvGeometry) -> Chain:
     """Grow each spatial step evenly from the host's kernel, so that a plain layer has a padding for it.
 
-    TF-style padding of a grown kernel is worked out from the grown kernel itself.
+    TF-style padding of a grown kernel is worked out from the grown kernel itself; where the host's is always zero, the
+    step needs none of it.
+
+    Raises:
+        GeometryError: if no plain layer looks at the step's pixels.
     """
-    return tuple(step if step.geometry.is_pointwise else _grown(step, host) for step in chain)
+    return tuple(step if step.geometry.is_pointwise else _grown(step, host.settled()) for step in chain)
 
 
 def _grown(step: ConvKernel, host: ConvGeometry) -> ConvKernel:
     own = step.geometry
     geometry = host.covering(own.kernel_size).with_channels(own.in_channels, own.out_channels, own.groups)
+    shift = host.shift_when_grown()
+    if shift and geometry.kernel_size != host.kernel_size:
+        raise GeometryError(shift)
     if geometry.dynamic_kernel is not None:
         geometry = replace(geometry, dynamic_kernel=geometry.kernel_size, padding=(0, 0, 0, 0))
     return ConvKernel(embed_on_grid(step.weight, host.kernel_size, geometry.kernel_size), step.bias, geometry)
@@ -239,38 +288,46 @@ def merged_layer(layer: nn.Module, kernel: ConvKernel) -> nn.Module:
 
 
 def plain_chain(chain: Chain, like: nn.Module) -> nn.Sequential:
-    """Return a chain as a Sequential of plain float64 layers; TF-style padding takes the host's own class."""
+    """Return a chain as a Sequential of plain float64 layers; TF-style padding takes the host's own class, or timm's."""
     steps = []
     for step in chain:
         if step.geometry.dynamic_kernel is None:
             steps.append(step.geometry.build(step.weight.cpu(), None if step.bias is None else step.bias.cpu()))
         else:
-            own = merged_layer(bare_copy(like), step)
-            steps.append(own)
+            steps.append(merged_layer(_padding_as(like), step))
     return nn.Sequential(*steps)
+
+
+def _padding_as(like: nn.Module) -> nn.Module:
+    """Return a convolution that does nothing beyond TF-style padding: of the layer's class, if that is such a one."""
+    if not hasattr(like, "same_pad"):
+        return bare_copy(like)
+    from timm.layers import Conv2dSame  # the layer is timm's own, and standardises its weight besides
+
+    return Conv2dSame(1, 1, 1, bias=False).to(torch.float64)
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
     """Return a copy without adapters, values as shown, in float64 on the CPU and in eval mode."""
-    copied = _exact_copy(module)
-    hosting.settle(copied)
-    hosting.restore(copied)
-    return copied
+    plain = _exact_copy(module)
+    hosting.settle(plain)
+    hosting.restore(plain)
+    return plain
 
 
 def bare_copy(layer: nn.Module) -> nn.Module:
     """Return a layer of the same class and settings with no bias, no children and no hooks."""
-    copied: Any = plain_copy(layer)
-    copied.bias = None
-    copied._modules.clear()
-    copied._forward_hooks.clear()
-    copied._forward_pre_hooks.clear()
-    return copied
+    bare: Any = plain_copy(layer)
+    bare.bias = None
+    bare._modules.clear()
+    bare._forward_hooks.clear()
+    bare._forward_pre_hooks.clear()
+    return bare
 
 
 def _exact_copy(module: nn.Module) -> nn.Module:
     """Return a copy in float64 on the CPU and in eval mode; its hooks stay, for a hook may change what it computes."""
-    return copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval()
+    return copied(module).to(device="cpu", dtype=torch.float64).eval()
 
 
 def probe(job: Job, merged: Merged) -> tuple[nn.Module | None, list[nn.Sequential]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from . import hosting
 from .chains import hang, refuse_fusing, set_bias
+from .copying import copied
 from .errors import GeometryError, MergeError, OptionError
 from .exchanging import check_classes
 from .folding import Fold, fold_parts, put_folds
@@ -159,8 +159,8 @@ def merge(
     past = _read_past(model, example_inputs)
     if example_inputs is not None:
         adapted = double_copy(model)
-        compare_outputs(adapted, _merged(copy.deepcopy(adapted), form, strict, past), example_inputs)
-    return _merged(model if inplace else _copied(model), form, strict, past)
+        compare_outputs(adapted, _merged(copied(adapted), form, strict, past), example_inputs)
+    return _merged(model if inplace else copied(model), form, strict, past)
 
 
 def _merged(model: nn.Module, form: str, strict: bool, past: dict[str, str]) -> nn.Module:
@@ -183,21 +183,6 @@ def _merged(model: nn.Module, form: str, strict: bool, past: dict[str, str]) -> 
             _put(part)
     refuse_fusing(model)
     return model
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """Return a copy of a model.
-
-    Raises:
-        MergeError: if the model holds what torch does not copy (the weight that ``weight_norm`` or ``prune`` computed).
-    """
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:
-        raise MergeError(
-            f"this {hosting.base_class(model).__name__} cannot be copied: {error} Undo the weight norm or pruning first, or "
-            "merge with inplace=True; the model is unchanged."
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -224,7 +209,8 @@ def _work_out(root: nn.Module, state: ModelState, form: str, past: dict[str, str
             merged = merged.kept(past[job.target_name])
         try:
             if merged.form != "kept":
-                layer, chains = _cast(job, *probe(job, merged))
+                merged, layer, chains = _probed(job, merged)
+                layer, chains = _cast(job, layer, chains)
                 parts.append(_Part(job, merged, layer, tuple(chains)))
                 continue
         except (MergeError, GeometryError) as error:
@@ -233,6 +219,21 @@ def _work_out(root: nn.Module, state: ModelState, form: str, past: dict[str, str
         reason = "; ".join(dict.fromkeys([merged.reason, *(fold.what for fold in folds)]))
         parts.append(_Part(job, merged.kept(reason), folds=folds))
     return parts
+
+
+def _probed(job: Job, merged: Merged) -> tuple[Merged, nn.Module | None, list[nn.Sequential]]:
+    """Return the form that passes the probe, and its parts: a layer that computes more than its kernel says takes a chain."""
+    try:
+        return (merged, *probe(job, merged))
+    except MergeError as error:
+        chain = merged.otherwise
+        if chain is None:
+            raise
+        try:
+            parts = probe(job, chain)
+        except MergeError:
+            raise error from None  # what was tried first says more
+        return (replace(chain, reason="its forward is more than the convolution of its weight"), *parts)
 
 
 def _jobs(root: nn.Module, state: ModelState) -> list[Job]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .adapters.base import Adapter, AdapterOptions, Place, Site, read_options
 from .chains import carries_chains
@@ -139,6 +140,12 @@ def make_plan(model: nn.Module, spec: Spec, example_inputs: Any = None) -> Plan:
     """
     heading = f"cannot plan for this {base_class(model).__name__}"
     chosen = Choice(model, spec)
+    lazy = [c.name for c in chosen.candidates if any(is_lazy(parameter) for parameter in _own_parameters(c.module))]
+    if lazy:
+        raise SpecError(
+            f"{heading}: {shortened(lazy)} of it is lazy and has no weights yet; run the model once, on an input such as it "
+            "will see, and inject then"
+        )
     chosen.choose()
     layers = _Siting(model, chosen, example_inputs).plan()
     owned = _owned(chosen, spec)

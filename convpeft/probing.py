@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adding import located
+from .copying import copied
 from .geometry import PLAIN_HOSTS, ConvGeometry, random_input
 from .hosting import base_class, device_and_dtype, restore, settle
 
@@ -61,7 +61,7 @@ def probe_outputs(
         generic image gives an empty result; one that cannot run on the user's own example raises its own error.
     """
     try:
-        model = copy.deepcopy(root).eval()
+        model = copied(root).eval()
         device, dtype = device_and_dtype([root])
         inputs = as_inputs(torch.zeros(_IMAGE, device=device, dtype=dtype) if example is None else example)
         with watch([(name, model.get_submodule(name)) for name in names]) as outputs, torch.no_grad():
@@ -117,25 +117,45 @@ def unlike_its_convolution(layer: nn.Module) -> str | None:
     """Run a copy of a layer alone and say in what way its output cannot take a parallel adapter, or None.
 
     Only asked of subclasses: their forward may do more than ``conv(x, weight)``. Other values are fine (the adapter
-    is added to whatever comes out; a merge is probed again), another shape is not.
+    is added to whatever comes out; a merge is probed again), another shape is not, for any way a stride can end at the
+    border.
     """
     geometry = ConvGeometry.of(layer)
-    generator = torch.Generator().manual_seed(0)
-    size = 2 * max(geometry.kernel_size) * max(geometry.dilation) + 5
-    x = random_input(geometry, size, generator)
+    smallest = _probe_size(geometry)
+    sizes = range(smallest, smallest + max(geometry.stride))
+    plain = copied(layer).to(device="cpu").eval()
+    return next(filter(None, (_unlike_at(plain, geometry, size) for size in sizes)), None)
+
+
+def _unlike_at(plain: nn.Module, geometry: ConvGeometry, size: int) -> str | None:
+    x = random_input(geometry, size, torch.Generator().manual_seed(0))
     try:
-        plain = copy.deepcopy(layer).to(device="cpu", dtype=torch.float64).eval()
-        with torch.no_grad():
-            output = plain(x)
-        expected = geometry.convolve(x, torch.zeros(geometry.weight_shape(), dtype=x.dtype)).shape
+        output = _run_alone(plain, x)
     except Exception as error:  # the user's own layer: whatever it raises, the plan says it
-        return f"its forward failed on an input of shape {tuple(x.shape)}: {error}"
-    if not isinstance(output, Tensor) or output.shape != expected:
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        return (
-            f"its forward gives {got} where its geometry says {tuple(expected)}: it is not the convolution it declares"
-        )
-    return None
+        return _failed(x, error)
+    expected = geometry.convolve(x, torch.zeros(geometry.weight_shape(), dtype=x.dtype, device="cpu")).shape
+    if isinstance(output, Tensor) and output.shape == expected:
+        return None
+    got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    return f"its forward gives {got} where its geometry says {tuple(expected)}: it is not the convolution it declares"
+
+
+def _run_alone(plain: Any, x: Tensor) -> Any:
+    """Return what a layer makes of ``x``, in float64, or in float32 where it knows no other (quantisation, say)."""
+    with torch.no_grad():
+        try:
+            return plain.to(dtype=torch.float64)(x)
+        except Exception:
+            return plain.to(dtype=torch.float32)(x.float())
+
+
+def _failed(x: Tensor, error: Exception) -> str:
+    return f"its forward failed on an input of shape {tuple(x.shape)}: {error}"
+
+
+def _probe_size(geometry: ConvGeometry) -> int:
+    """Return a size at which the kernel sees pixels that are no border, and every padding is smaller than the input."""
+    return max(2 * max(geometry.kernel_size) * max(geometry.dilation) + 5, *(side + 2 for side in geometry.padding))
 
 
 def unreadable(layer: nn.Module) -> str | None:
@@ -150,15 +170,19 @@ def unreadable(layer: nn.Module) -> str | None:
         return None
     geometry = ConvGeometry.of(layer)
     generator = torch.Generator().manual_seed(0)
-    x = random_input(geometry, 2 * max(geometry.kernel_size) * max(geometry.dilation) + 5, generator)
-    plain = copy.deepcopy(layer)
+    x = random_input(geometry, _probe_size(geometry), generator)
+    plain = copied(layer)
     settle(plain)
     restore(plain)
     plain = plain.to(device="cpu", dtype=torch.float64).eval()
     with torch.no_grad():
         weight: Any = plain.weight
         bias: Any = plain.bias
-        own, declared = plain(x), geometry.convolve(x, geometry.as_kernel(weight), bias)  # type: ignore[operator]
+        declared = geometry.convolve(x, geometry.as_kernel(weight), bias)
+        try:
+            own = plain(x)  # type: ignore[operator]
+        except Exception as error:
+            return f"it computes with the layer's weight, in float64 when it is checked, and {_failed(x, error)}"
     difference, scale = float((own - declared).abs().max()), float(declared.abs().max())
     if difference <= 1e-9 * scale:
         return None

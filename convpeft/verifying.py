@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .bypasses import weight_readers
+from .copying import copied
 from .errors import MergeError
 from .hosting import base_class, base_modules
 from .probing import as_inputs
@@ -54,7 +54,7 @@ def _why(what: str) -> str:
 
 def double_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model in float64 and eval mode."""
-    return copy.deepcopy(getattr(model, "_orig_mod", model)).double().eval()
+    return copied(getattr(model, "_orig_mod", model)).double().eval()
 
 
 def compare_outputs(adapted: nn.Module, merged: nn.Module, example_inputs: Any) -> None:

@@ -16,8 +16,8 @@ from hypothesis import settings
 from convpeft import registry
 
 torch.set_num_threads(1)
-settings.register_profile("ci", max_examples=300, deadline=None, derandomize=True, database=None)
-settings.register_profile("nightly", max_examples=20_000, deadline=None, database=None, print_blob=True)
+settings.register_profile("ci", max_examples=1_200, deadline=None, derandomize=True, database=None)
+settings.register_profile("nightly", max_examples=12_000, deadline=None, database=None, print_blob=True)
 settings.load_profile("ci")  # --hypothesis-profile=nightly takes the other
 
 

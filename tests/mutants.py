@@ -22,7 +22,8 @@ SUBSET = (
     "reference_and_geometry or build or plain_data or output_size or imprint"
     " or (lora-parallel-rank and auto and not dora and not rslora)"
 )
-PLACES = ("of", "convolve", "imprint", "to_dict")  # read from a layer, run, written onto a layer, kept in a file
+# read from a layer, run, written onto a layer, kept in a file, read from a file
+PLACES = ("of", "convolve", "imprint", "to_dict", "from_dict")
 EQUIVALENT = {
     ("convolve", "in_channels"): "the weight says it",
     ("convolve", "out_channels"): "the weight says it",
@@ -47,8 +48,8 @@ class Mutant:
     def alive(self) -> Iterator[None]:
         """Replace the method inside the context."""
         original: Any = ConvGeometry.__dict__[self.place]
-        if self.place == "of":
-            mutated: Any = classmethod(lambda cls, layer: self.spoil(original.__func__(cls, layer)))
+        if isinstance(original, classmethod):
+            mutated: Any = classmethod(lambda cls, source: self.spoil(original.__func__(cls, source)))
         else:
             mutated = lambda geometry, *rest, **named: original(self.spoil(geometry), *rest, **named)  # noqa: E731
         setattr(ConvGeometry, self.place, mutated)

@@ -79,9 +79,9 @@ def test_the_plan_of_a_merge_has_been_probed_as_the_merge_is():
     model = nn.Sequential(Standardised(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)).double()
     convpeft.inject(model, {"rules": [{"match": "*", "kind": "lora", "rank": 2}]})
     randomised(model)
-    refused = convpeft.plan_merge(model).refused
+    refused = convpeft.plan_merge(model, form="single").refused
     assert list(refused) == ["0"]
     assert "not the convolution of its weight alone" in refused["0"]
     with pytest.raises(convpeft.MergeError) as told:
-        convpeft.merge(model)
+        convpeft.merge(model, form="single")
     assert told.value.reasons == refused

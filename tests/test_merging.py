@@ -169,6 +169,23 @@ def test_lower_precision_merges_cast_once(variant, form, dtype):
         torch.testing.assert_close(merged.layer(x), model.layer(x))
 
 
+@pytest.mark.parametrize("branch_norm", [False, True])
+@torch.no_grad()
+def test_a_chain_of_large_and_small_factors_is_cast_within_the_range_of_half_precision(branch_norm):
+    options = {"rank": 3, "kernel_sizes": [3, 5], "branch_norm": branch_norm}
+    model = adapted(CASES["3x3"], Variant("rep_mona", "parallel", options), dtype=torch.float16)
+    adapter = model.layer.convpeft.a
+    adapter.down.mul_(2**8)
+    adapter.up.mul_(2**-8)
+    adapter.scale.fill_(2**-10)
+    model.layer.weight.zero_()  # so that the chain is all there is
+    model.layer.bias.zero_()
+    x = torch.randn(16, 4, 9, 8, dtype=torch.float16)
+    exact = copy.deepcopy(model).double().layer(x.double())
+    merged = convpeft.merge(model, form="factored").layer
+    assert float((merged(x).double() - exact).abs().max()) <= 2 * 2**-10 * float(exact.abs().max())
+
+
 @torch.no_grad()
 def test_inplace_keeps_the_objects_and_the_flags():
     case = CASES["3x3"]

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
@@ -73,8 +74,13 @@ def assert_refused(model: nn.Module, text: str, **options) -> convpeft.MergeErro
     return caught.value
 
 
-@FORMS
-@pytest.mark.parametrize("host", [StandardisedConv, ActivatedConv, ScaledConv])
+@pytest.mark.parametrize(
+    ("host", "form"),
+    [
+        (StandardisedConv, "single"),
+        *[(host, form) for host in (ActivatedConv, ScaledConv) for form in ("auto", "single", "factored")],
+    ],
+)
 def test_the_probe_finds_forwards_that_are_not_the_convolution(host, form):
     model = with_layer(host(4, 6, 3, padding=1), LORA)
     assert_refused(
@@ -89,6 +95,17 @@ def test_a_chain_beside_any_forward_is_exact(host):
     model.layer.bias.zero_()  # the chain takes the bias out of the forward, and ReLU(x) + b is not ReLU(x + b)
     assert_relative(convpeft.merge(model, form="factored").layer(x), model.layer(x))
     assert_refused(model, "does not compute what the adapted one does", form="single")
+
+
+@pytest.mark.parametrize("form", ["auto", "factored"])
+@torch.no_grad()
+def test_a_kernel_that_would_be_absorbed_stands_beside_a_forward_that_is_not_the_convolution(form):
+    model, x = with_layer(StandardisedConv(4, 6, 3, padding=1), LORA), torch.randn(2, 4, 9, 8).double()
+    (row,) = convpeft.plan_merge(model, form=form).rows
+    assert (row.form, row.reason) == ("factored", "its forward is more than the convolution of its weight")
+    merged = convpeft.merge(model, form=form).layer
+    assert torch.equal(merged.weight, model.layer.weight)
+    assert_relative(merged(x), model.layer(x))
 
 
 def test_a_host_that_reads_its_bias_is_merged_as_one_kernel_or_refused():
@@ -113,10 +130,10 @@ def test_computed_weights_are_refused(norm, variant, form):
 
 @FORMS
 def test_clamped_tf_same_padding_does_not_grow(form):
-    model = adapted(CASES["tf-same-1x1-stride2"], REP_MONA)
+    model = with_layer(Conv2dSame(4, 6, 2, stride=3), REP_MONA)
     assert convpeft.plan_merge(model, form=form).refused == {"layer": convpeft.plan_merge(model).rows[0].reason}
     assert_refused(
-        model, r"TF-style 'same' padding is clamped \(kernel span \(1, 1\) below stride \(2, 2\)\)", form=form
+        model, r"TF-style 'same' padding is clamped \(kernel span \(2, 2\) below stride \(3, 3\)\)", form=form
     )
 
 

@@ -81,6 +81,13 @@ REFUSED = [pair for pair in PAIRS if pair not in SERVED]
 IN_SHORT = pytest.mark.parametrize("kind", named([variant(method) for method in METHODS]))
 
 
+def test_a_plan_made_without_gradients_says_the_same():
+    model = net(LAYERS[0])
+    peft_probe.probe.cache_clear()
+    with torch.no_grad():
+        assert convpeft.plan(model, {"rules": [{"match": "layer", "kind": "peft:loha", "r": 3}]}).layers
+
+
 def shaken(case, *kinds, dtype=torch.float64):
     """Return the net with adapters off their start by a little: OFT's series needs small steps."""
     model = net(case, dtype)

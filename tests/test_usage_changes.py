@@ -107,7 +107,7 @@ class TestOnAHost:
         with pytest.raises(convpeft.MergeError, match=r"body\.0\.conv: its weight is not a plain parameter"):
             convpeft.merge(model, inplace=True)
         with pytest.raises(
-            convpeft.MergeError, match=r"body\.0\.conv: its weight is not|cannot be copied.*weight norm"
+            convpeft.MergeError, match=r"body\.0\.conv: its weight is not"
         ):
             convpeft.merge(model)
         assert [type(module) for module in model.modules()] == seen

@@ -31,7 +31,10 @@ class Branch(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the branch's map, ``(N, rank, H', W')``."""
-        return self.norm(self.geometry.convolve(hidden, self.weight, self.bias))
+        maps = self.geometry.convolve(hidden, self.weight, self.bias)
+        return (
+            self.norm(maps) if maps.ndim == 4 else self.norm(maps.unsqueeze(0)).squeeze(0)
+        )  # an image without a batch
 
     def kernel(self) -> tuple[Tensor, Tensor]:
         """Return the weight and bias, float64, with the norm's running statistics folded in."""

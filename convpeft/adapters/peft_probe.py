@@ -37,7 +37,7 @@ def probe(method: str, settings: tuple[tuple[str, Any], ...], shape: ConvGeometr
     """
     options = dict(settings)
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
             warnings.simplefilter("ignore")
             _check_size(method, options, shape)
             _check_options(method, options, shape)
