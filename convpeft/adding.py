@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.modules import module as hooks
 
 from .errors import HostError
 from .lean import convolve
@@ -31,14 +32,16 @@ def convolved(layer: Any, x: Any, adapters: Mapping[str, Any], lean: bool) -> tu
     """Return what a ``Conv2d`` makes of ``x`` with the low-rank updates beside it, and the names of adapters still to be added.
 
     None instead of an output: the layer's own forward has to run, and all adapters are still to be added. So it is where one of
-    them reads the layer's bare output, and for an adapter that somebody hooked: a hook sees forward passes.
+    them reads the layer's bare output, and for an adapter that somebody hooked, or while modules are hooked globally: a hook
+    sees forward passes.
     """
     if any(adapter.site.place != "parallel" or adapter.reads_host for adapter in adapters.values()):
         return convolve(layer, x, None, lean), tuple(adapters)
     factors: list[Factors] = []
     left: tuple[str, ...] = ()
+    watched = bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
     for name, adapter in adapters.items():
-        alone = adapter._forward_hooks or adapter._forward_pre_hooks or (factors and layer.groups > 1)
+        alone = watched or adapter._forward_hooks or adapter._forward_pre_hooks or (factors and layer.groups > 1)
         found = None if alone else adapter.factors()
         if found is None:
             left = (*left, name)

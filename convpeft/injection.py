@@ -376,7 +376,8 @@ def _switch(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
     records = [state.adapters[name] for name in dict.fromkeys([*state.active, *names])]
     touched = dict.fromkeys(key for record in records for key in (*record.layers, *record.owned))
     norms = state.norms if held != state.held else ()
-    slots = {key: slots_at(root, key) for key in dict.fromkeys([*touched, *norms])}  # raises before anything is touched
+    require_hosts(root, state)
+    slots = {key: slots_at(root, key) for key in touched}
     check_exchange(root, {key: owner.get(key) for key in touched})
     for key in touched:
         slots[key].active = tuple(name for name in names if name in slots[key]._modules)

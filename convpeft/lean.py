@@ -86,12 +86,11 @@ def convolve_trained(geometry: ConvGeometry, x: Tensor, weight: Tensor) -> Tenso
         x: its input.
         weight: shape ``geometry.weight_shape()``.
     """
-    conv = Conv.of_geometry(geometry)
-    plain = conv is None or not (torch.is_grad_enabled() and weight.requires_grad) or type(x) is not Tensor
-    if plain or x.ndim != 4 or not is_eager() or autocast_dtype(x) not in (None, x.dtype):
+    if type(x) is not Tensor or x.ndim != 4 or not (torch.is_grad_enabled() and weight.requires_grad and is_eager()):
         return geometry.convolve(x, weight)
-    origin = origin_of(x)
-    if origin is None or (weight.dtype != x.dtype and autocast_dtype(x) is None):
+    conv, dtype = Conv.of_geometry(geometry), autocast_dtype(x)
+    origin = None if conv is None or x.dtype != (weight.dtype if dtype is None else dtype) else origin_of(x)
+    if origin is None:
         return geometry.convolve(x, weight)
     return _Trained.apply(x, weight.to(x.dtype), conv, origin)
 

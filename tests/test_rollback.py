@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import convpeft
 from convpeft import hosting, injection, registry
@@ -15,6 +16,15 @@ EVERYTHING = {
     "unfreeze": ["score", "stem"],
     "norm": "adapt",
 }
+
+
+def adapted() -> nn.Module:
+    """Return a detector with two adapters, of which the active one holds the norms."""
+    model = scrambled(two())
+    convpeft.set_active(model, "a")
+    return model
+
+
 CALLS = [
     (function, call)
     for function, calls in {
@@ -32,7 +42,7 @@ CALLS = [
 class TestFailingInjects:
     """A failure in the middle leaves a bare model bare, and an adapted one with just the adapters it had."""
 
-    STARTS = pytest.mark.parametrize("start", [detector, lambda: scrambled(two())], ids=["bare", "adapted"])
+    STARTS = pytest.mark.parametrize("start", [detector, adapted], ids=["bare", "adapted"])
 
     def assert_fails(self, model, error, text):
         before, x = Untouched(model), images()

@@ -106,9 +106,7 @@ class TestOnAHost:
         output, seen = model(x).detach(), [type(module) for module in model.modules()]
         with pytest.raises(convpeft.MergeError, match=r"body\.0\.conv: its weight is not a plain parameter"):
             convpeft.merge(model, inplace=True)
-        with pytest.raises(
-            convpeft.MergeError, match=r"body\.0\.conv: its weight is not"
-        ):
+        with pytest.raises(convpeft.MergeError, match=r"body\.0\.conv: its weight is not"):
             convpeft.merge(model)
         assert [type(module) for module in model.modules()] == seen
         assert torch.equal(model(x), output)
