@@ -32,9 +32,9 @@ class Branch(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the branch's map, ``(N, rank, H', W')``."""
         maps = self.geometry.convolve(hidden, self.weight, self.bias)
-        return (
-            self.norm(maps) if maps.ndim == 4 else self.norm(maps.unsqueeze(0)).squeeze(0)
-        )  # an image without a batch
+        if type(maps) is Tensor and maps.ndim == 3 and not isinstance(self.norm, nn.Identity):  # an image without a batch
+            return self.norm(maps.unsqueeze(0)).squeeze(0)
+        return self.norm(maps)
 
     def kernel(self) -> tuple[Tensor, Tensor]:
         """Return the weight and bias, float64, with the norm's running statistics folded in."""
