@@ -293,7 +293,7 @@ def test_fx_traces_the_adapters_along(name):
     for key in ("a", "b", None):
         convpeft.set_active(model, key)
         traced = create_feature_extractor(model, {"neck": "neck", "score": "score"})
-        assert torch.equal(traced(x)["score"], model(x))
+        assert_relative(traced(x)["score"].detach(), model(x).detach())
     convpeft.set_active(model, "a")
     merged = convpeft.merge(model)
     assert_relative(create_feature_extractor(merged, {"score": "score"})(x)["score"], model(x))
