@@ -57,9 +57,11 @@ def convolve(layer: Any, x: Any, factors: Factors | None, lean: bool) -> Tensor 
         factors: of the updates beside it, or None.
         lean: keep for backward only what is needed, where the layer is frozen.
     """
-    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias", layer)
-    plain = type(x) in (Tensor, nn.Parameter) and type(weight) is nn.Parameter and bias is not layer
-    if not plain or x.ndim != 4 or layer.padding_mode != "zeros":
+    own = layer._parameters  # what is computed by a hook or a parametrisation is not among them
+    if not isinstance(x, Tensor) or x.ndim != 4 or layer.padding_mode != "zeros" or not {"weight", "bias"} <= own.keys():
+        return None
+    weight, bias = own["weight"], own["bias"]
+    if not _compiling() and (type(x) not in (Tensor, nn.Parameter) or type(weight) is not nn.Parameter):
         return None
     conv, dtype = Conv.of(layer), autocast_dtype(x)
     if conv is None or (dtype is None and weight.dtype != x.dtype):  # of the latter torch says what is wrong
@@ -86,7 +88,7 @@ def convolve_trained(geometry: ConvGeometry, x: Tensor, weight: Tensor) -> Tenso
         x: its input.
         weight: shape ``geometry.weight_shape()``.
     """
-    if type(x) is not Tensor or x.ndim != 4 or not (torch.is_grad_enabled() and weight.requires_grad and is_eager()):
+    if not is_eager() or type(x) is not Tensor or x.ndim != 4 or not (torch.is_grad_enabled() and weight.requires_grad):
         return geometry.convolve(x, weight)
     conv, dtype = Conv.of_geometry(geometry), autocast_dtype(x)
     origin = None if conv is None or x.dtype != (weight.dtype if dtype is None else dtype) else origin_of(x)
@@ -207,10 +209,10 @@ class Blank(NamedTuple):
 
 def normalise(layer: Any, x: Any) -> Tensor | None:
     """Return what a frozen BatchNorm in eval mode makes of ``x``; None where torch's own path must run."""
-    if layer.training or type(x) is not Tensor or not x.requires_grad or not torch.is_grad_enabled():
+    if layer.training or not is_eager() or type(x) is not Tensor or not (x.requires_grad and torch.is_grad_enabled()):
         return None
     affine = [parameter for parameter in layer._parameters.values() if parameter is not None]
-    if layer._buffers.get("running_mean") is None or any(p.requires_grad for p in affine) or not is_eager():
+    if layer._buffers.get("running_mean") is None or any(p.requires_grad for p in affine):
         return None
     layer._check_input_dim(x)
     mean, variance = layer.running_mean, layer.running_var

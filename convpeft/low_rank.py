@@ -95,9 +95,8 @@ def together(factors: list[Factors]) -> Factors:
     """Return several updates of an ungrouped convolution as one of their ranks' sum."""
     if len(factors) == 1:
         return factors[0]
-    down, up = (
-        torch.cat(parts, axis) for parts, axis in (([f.down for f in factors], 0), ([f.up for f in factors], 1))
-    )
+    down = torch.cat([factor.down for factor in factors], 0)
+    up = torch.cat([factor.up for factor in factors], 1)
     return Factors(down, up, factors[0].form)
 
 

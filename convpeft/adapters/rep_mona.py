@@ -103,7 +103,7 @@ class RepMona(Adapter):
 
     def _scales(self, hidden: Tensor) -> Tensor:
         """Return the sum of the branches: one pass with the sum of their kernels where no norm is in between."""
-        traced = type(hidden) is not Tensor or torch.jit.is_tracing()  # which cannot tell a computed kernel's size
+        traced = hidden.__class__ is not Tensor or torch.jit.is_tracing()  # which cannot tell a computed kernel's size
         if self.together is None or traced:
             return reduce(torch.add, [branch(hidden) for branch in self.branches])
         kernel = reduce(torch.add, [self._place(branch.weight, self.together.kernel_size) for branch in self.branches])
