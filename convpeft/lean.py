@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .geometry import ConvGeometry
-from .low_rank import Conv, Factors, add_pointwise, factor_gradients, product
+from .low_rank import Conv, Factors, add_pointwise, detour, factor_gradients, product
 from .recomputing import Origin, origin_of
 
 _compiling: Any = getattr(torch.compiler, "is_compiling", None) or getattr(torch._utils, "is_compiling", lambda: False)
@@ -58,7 +58,12 @@ def convolve(layer: Any, x: Any, factors: Factors | None, lean: bool) -> Tensor 
         lean: keep for backward only what is needed, where the layer is frozen.
     """
     own = layer._parameters  # what is computed by a hook or a parametrisation is not among them
-    if not isinstance(x, Tensor) or x.ndim != 4 or layer.padding_mode != "zeros" or not {"weight", "bias"} <= own.keys():
+    if (
+        not isinstance(x, Tensor)
+        or x.ndim != 4
+        or layer.padding_mode != "zeros"
+        or not {"weight", "bias"} <= own.keys()
+    ):
         return None
     weight, bias = own["weight"], own["bias"]
     if not _compiling() and (type(x) not in (Tensor, nn.Parameter) or type(weight) is not nn.Parameter):
@@ -132,7 +137,7 @@ def _forward(
         return F.conv2d(x, weight, bias, *conv), None
     if form == "weight":
         return F.conv2d(x, weight + product(down, up, conv.groups), bias, *conv), None
-    output, hidden = F.conv2d(x, weight, bias, *conv), F.conv2d(x, down, None, *conv)
+    output, hidden = F.conv2d(x, weight, bias, *conv), detour(x, down, conv)
     return add_pointwise(output, hidden, up, conv.groups), hidden
 
 

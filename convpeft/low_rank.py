@@ -149,16 +149,28 @@ def factor_gradients(
     if form == "weight":
         return _through_weight(grad, x, weight, down, up, conv, needs_input)
     assert hidden is not None
-    pointwise = Conv((1, 1), (0, 0), (1, 1), conv.groups)
-    d_hidden, d_up = _pointwise_gradients(grad, hidden, up, pointwise)
+    d_hidden, d_up = _pointwise_gradients(grad, hidden, up, _POINTWISE._replace(groups=conv.groups))
     dx = conv.input_gradient(grad, x, weight) if needs_input else None
-    inside = down.shape[2:] == (1, 1) and conv == _POINTWISE and d_hidden.numel() and d_hidden.is_contiguous()
-    if dx is not None and inside and dx.is_contiguous():
-        flat = dx.view(*dx.shape[:2], -1)
-        flat.baddbmm_(_over_batch(down.flatten(1).t(), dx.shape[0]), d_hidden.flatten(2))
-        return dx, conv.backward(d_hidden, x, down, (False, True))[1], d_up
+    if _is_matrix_product(conv, d_hidden, x, down) and (dx is None or dx.is_contiguous()):
+        if dx is not None:
+            dx.view(*dx.shape[:2], -1).baddbmm_(_over_batch(down.flatten(1).t(), dx.shape[0]), d_hidden.flatten(2))
+        d_down = torch.bmm(d_hidden.flatten(2), x.flatten(2).transpose(1, 2)).sum(0)
+        return dx, d_down.view(down.shape), d_up
     d_detour, d_down = conv.backward(d_hidden, x, down, (needs_input, True))
     return None if dx is None else dx.add_(d_detour), d_down, d_up
+
+
+def detour(x: Tensor, down: Tensor, conv: Conv) -> Tensor:
+    """Return ``A x``."""
+    if not _is_matrix_product(conv, x, x, down):
+        return F.conv2d(x, down, None, *conv)
+    return torch.bmm(_over_batch(down.flatten(1), x.shape[0]), x.flatten(2)).view(x.shape[0], -1, *x.shape[2:])
+
+
+def _is_matrix_product(conv: Conv, d_hidden: Tensor, x: Tensor, down: Tensor) -> bool:
+    """Whether A is a matrix beside maps that lie in memory as a product needs them."""
+    pointwise = conv == _POINTWISE and down.shape[2:] == (1, 1)
+    return pointwise and d_hidden.is_contiguous() and x.is_contiguous() and x.numel() > 0
 
 
 def _pointwise_gradients(grad: Tensor, hidden: Tensor, up: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:

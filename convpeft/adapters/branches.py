@@ -32,7 +32,9 @@ class Branch(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the branch's map, ``(N, rank, H', W')``."""
         maps = self.geometry.convolve(hidden, self.weight, self.bias)
-        if maps.__class__ is Tensor and maps.ndim == 3 and not isinstance(self.norm, nn.Identity):  # an image without a batch
+        if (
+            maps.__class__ is Tensor and maps.ndim == 3 and not isinstance(self.norm, nn.Identity)
+        ):  # an image without a batch
             return self.norm(maps.unsqueeze(0)).squeeze(0)
         return self.norm(maps)
 
