@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .reports import Report, Stopwatch, Table, Verdict, machine, markdown, verdict_table, write
+from .reports import Grid, Report, Stopwatch, Table, Verdict, machine, markdown, verdict_table, write
 from .worlds import PRECISIONS, SCALES, Setting
 
 
@@ -52,11 +52,15 @@ def setting_of(options: argparse.Namespace) -> Setting:
 
 
 def finish(
-    script: str, options: argparse.Namespace, tables: Sequence[Table] = (), verdicts: Sequence[Verdict] = ()
+    script: str,
+    options: argparse.Namespace,
+    tables: Sequence[Table] = (),
+    verdicts: Sequence[Verdict] = (),
+    grids: Sequence[Grid] = (),
 ) -> Report:
     """Print all results, write them where ``--json`` says, and return them."""
     settings = {key: str(value) for key, value in vars(options).items() if key not in ("stopwatch", "json")}
-    words = [word for word in _without_json(sys.argv[1:])]
+    words = _without_json(sys.argv[1:])
     report = Report(
         script=script,
         command=shlex.join(["python", "-m", f"benchmarks.{script}", *words]),
@@ -65,10 +69,13 @@ def finish(
         machine=machine(options.stopwatch.load),
         tables=tuple(tables),
         verdicts=tuple(verdicts),
+        grids=tuple(grids),
     )
     print(f"{report.machine}\n{report.settings}\n")
     for table in tables:
         print(f"{table.title}\n\n{markdown(table)}\n")
+    for grid in grids:
+        print(f"{grid.title}\n\n{grid.markdown()}\n")
     if verdicts:
         print(verdict_table(verdicts))
         print(*(f"{'PASS' if v.passed else 'FAIL'}  {v.row}: {v.value:.4g}, must {v.must:g}" for v in verdicts), sep="\n")

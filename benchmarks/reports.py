@@ -42,6 +42,22 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Anything else that is a table: a title, a head and rows of text."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def markdown(self) -> str:
+        """Return it as a Markdown table."""
+        lines = [f"| {' | '.join(self.head)} |", f"| --- |{' ---: |' * (len(self.head) - 1)}"]
+        lines += [f"| {' | '.join(row)} |" for row in self.rows]
+        return "\n".join([*lines, *(line for note in self.notes for line in ("", note))])
+
+
+@dataclass(frozen=True)
 class Verdict:
     """A row of the acceptance table: what was asked for, and what was measured.
 
@@ -76,7 +92,7 @@ class Report:
         settings: all options.
         when: UTC.
         machine: what ran it.
-        tables, verdicts: the results.
+        tables, verdicts, grids: the results.
     """
 
     script: str
@@ -86,6 +102,7 @@ class Report:
     machine: dict[str, Any]
     tables: tuple[Table, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
+    grids: tuple[Grid, ...] = ()
 
 
 @dataclass
@@ -150,7 +167,10 @@ def read(path: Path) -> Report:
         results = [Result(**{**row, "quartiles": tuple(row["quartiles"])}) for row in table.pop("results")]
         tables.append(Table(**{**table, "results": tuple(results), "notes": tuple(table["notes"])}))
     verdicts = tuple(Verdict(**row) for row in data.pop("verdicts"))
-    return Report(**data, tables=tuple(tables), verdicts=verdicts)
+    grids = [
+        Grid(g["title"], tuple(g["head"]), tuple(map(tuple, g["rows"])), tuple(g["notes"])) for g in data.pop("grids")
+    ]
+    return Report(**data, tables=tuple(tables), verdicts=verdicts, grids=tuple(grids))
 
 
 def shown(seconds: float) -> str:

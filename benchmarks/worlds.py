@@ -133,7 +133,7 @@ def inference_case(name: str, model: nn.Module, images: Tensor, setting: Setting
         with torch.no_grad(), setting.autocast():
             run(images)
 
-    return Case(name, step, (model,), repeat=repeat)
+    return Case(name, step, repeat=repeat)
 
 
 def shaken(model: nn.Module, beside: Sequence[nn.Module] = ()) -> nn.Module:
