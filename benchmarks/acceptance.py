@@ -1,4 +1,4 @@
-"""Does convpeft meet the acceptance table? One line for each row: pass or fail, what was asked for, what was measured.
+"""Judge convpeft by the acceptance table: for each row pass or fail, what was asked for, what was measured.
 
 All rows are medians of cases that ran side by side, relative to the baseline of the same round, on the wall clock. On a
 CPU: YOLO-World-v2-S at 4×256², its large sister for two rows, forward passes at 1×640². With ``--device cuda``: the step's
@@ -8,13 +8,13 @@ rows on L at 16×640² with autocast. Example: ``python -m benchmarks.acceptance
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .commands import add_model_options, finish, parsed, parser, setting_of
-from .handling import inject_cases, swap_of
+from .handling import inject_cases, swap_cases
 from .hot_spots import LORA, NECK, PEER, REP_MONA
+from .import_time import installed
 from .import_time import measured as import_table
 from .inference import ADAPTED, AGAIN, FACTORED, MERGED, acceptance_choices
 from .inference import measured as inference_results
@@ -22,7 +22,7 @@ from .reports import Table, Verdict, shown
 from .runner import Case, Result, side_by_side
 from .training_step import FULL, HEAD, choices
 from .training_step import measured as step_results
-from .worlds import Setting, another, base_model, batch_of
+from .worlds import Setting, base_model, batch_of
 
 PARTS = ("step", "large", "inference", "swap", "import", "inject")
 NOISE = 1.02  # what still counts as 1.00 where two copies of the base agree better than that
@@ -108,33 +108,36 @@ def inference_part(size: int, setting: Setting, options: argparse.Namespace) -> 
     """Return the results and verdicts of the forward pass."""
     base, images = base_model("s", setting), batch_of(1, size, setting)["img"]
     rounds = 2 * options.rounds + 1
-    results = inference_results(
-        base, acceptance_choices(), images, setting, rounds=rounds, warm_up=options.warm_up
-    )
+    results = inference_results(base, acceptance_choices(), images, setting, rounds=rounds, warm_up=options.warm_up)
     found = by_name(results)
     base_time = f"base {shown(results[0].seconds)}"
     verdicts = [
-        bounded("merged ÷ base, same size (LoRA on every conv)", noise_bound(found[AGAIN]), 1.0, found[MERGED], base_time),
+        bounded(
+            "merged ÷ base, same size (LoRA on every conv)", noise_bound(found[AGAIN]), 1.0, found[MERGED], base_time
+        ),
         bounded("merged ÷ base, Rep-MoNA r=16 in the neck, factored", 1.05, 1.03, found[FACTORED], base_time),
         bounded("adapted, unmerged ÷ base, LoRA on every conv", 1.15, 1.08, found[ADAPTED], base_time),
     ]
     return Table(f"One forward pass, YOLO-World-v2-S, 1×{size}²", tuple(results)), verdicts
 
 
+def judged(cases: Sequence[Case], options: argparse.Namespace) -> list[Result]:
+    """Return the results of cases, measured as the options say."""
+    return side_by_side(cases, rounds=options.rounds, warm_up=options.warm_up, seed=options.seed)
+
+
 def swap_part(size: int, setting: Setting, options: argparse.Namespace) -> tuple[Table, list[Verdict]]:
     """Return the results and verdict of switching between two adapters."""
-    from .handling import swap_cases
-
-    results = side_by_side(swap_cases(base_model("s", setting), size, setting), rounds=options.rounds)
+    results = judged(swap_cases(base_model("s", setting), size, setting), options)
     own = next(result for result in results if result.name.startswith("convpeft"))
     verdict = bounded(f"swap ÷ one forward pass at {size}²", 0.01, 0.001, own, f"pass {shown(results[0].seconds)}")
-    return Table(f"Swap next to a forward pass, YOLO-World-v2-S, LoRA on every conv, 1×{size}²", tuple(results)), [verdict]
+    return Table(f"Swap next to a forward pass, YOLO-World-v2-S, LoRA on every conv, 1×{size}²", tuple(results)), [
+        verdict
+    ]
 
 
 def import_part(options: argparse.Namespace) -> tuple[Table, list[Verdict]]:
     """Return the results and verdict of the import; the one row in seconds."""
-    from .import_time import installed
-
     table = import_table(installed(), rounds=options.rounds, seed=options.seed)
     found = by_name(table.results)
     own, peer = found["import convpeft"], found.get("import peft")
@@ -145,7 +148,7 @@ def import_part(options: argparse.Namespace) -> tuple[Table, list[Verdict]]:
 
 def inject_part(scale: str, setting: Setting, options: argparse.Namespace) -> tuple[Table, list[Verdict]]:
     """Return the results and verdict of putting adapters in."""
-    results = side_by_side(inject_cases(base_model(scale, setting)), rounds=options.rounds)
+    results = judged(inject_cases(base_model(scale, setting)), options)
     own, theirs = by_name(results)["convpeft"], results[0]
     verdict = bounded(f"inject ÷ peft's, every conv, {scale.upper()}", 0.5, 0.2, own, f"peft {shown(theirs.seconds)}")
     return Table(f"inject, YOLO-World-v2-{scale.upper()}, LoRA r=8 on every conv", tuple(results)), [verdict]
@@ -179,6 +182,8 @@ def main() -> int:
     made.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="these parts, on a CPU")
     made.add_argument("--tiny", action="store_true", help="small images, to try the script out; proves nothing")
     options = parsed(made)
+    if options.device == "cuda" and options.amp == "off":
+        options.amp = "bfloat16"  # the table asks for autocast there
     tables, verdicts = run(options)
     finish("acceptance", options, tables, verdicts)
     return 0 if all(verdict.passed for verdict in verdicts) else 1

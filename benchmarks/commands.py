@@ -78,7 +78,9 @@ def finish(
         print(f"{grid.title}\n\n{grid.markdown()}\n")
     if verdicts:
         print(verdict_table(verdicts))
-        print(*(f"{'PASS' if v.passed else 'FAIL'}  {v.row}: {v.value:.4g}, must {v.must:g}" for v in verdicts), sep="\n")
+        print(
+            *(f"{'PASS' if v.passed else 'FAIL'}  {v.row}: {v.value:.4g}, must {v.must:g}" for v in verdicts), sep="\n"
+        )
     if options.json is not None:
         write(report, options.json)
     return report

@@ -1,4 +1,4 @@
-"""How do time and memory grow with model size, rank, resolution, and the number of adapters in the model?
+"""Measure how time and memory grow with model size, rank, resolution, and the number of adapters in the model.
 
 The first three are training steps of LoRA beside full fine-tuning and peft. The last one puts 1 to 1,000 adapters into
 one model and times a forward pass, a swap, and putting one more in and out again. Example:
@@ -58,9 +58,7 @@ def by_scale(setting: Setting, options: argparse.Namespace) -> list[Table]:
 
 def by_rank(setting: Setting, options: argparse.Namespace) -> list[Table]:
     """Return a table for each rank."""
-    return [
-        training_table("rank", rank, options.scale, options.size, rank, setting, options) for rank in options.ranks
-    ]
+    return [training_table("rank", rank, options.scale, options.size, rank, setting, options) for rank in options.ranks]
 
 
 def by_size(setting: Setting, options: argparse.Namespace) -> list[Table]:

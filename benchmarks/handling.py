@@ -1,4 +1,4 @@
-"""How long do inject, eject, merge, save, load and swap take?
+"""Measure how long inject, eject, merge, save, load and swap take.
 
 LoRA r=8 on every convolution of YOLO-World-v2, next to the same step of peft (as its ``PeftModel`` does it, but for
 inject, where ``inject_adapter_in_model`` is faster) and LyCORIS. convpeft's merge works in float64 and probes each layer,
@@ -31,7 +31,6 @@ SECOND = "second"
 
 def inject_cases(base: nn.Module) -> list[Case]:
     """Return putting adapters in, on a fresh copy each time; peft is the baseline."""
-
     from peft import get_peft_model, inject_adapter_in_model
 
     def copied() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Where does a training step's time go, and what stands in the way of a shorter one?
+"""Find where a training step's time goes, and what stands in the way of a shorter one.
 
 torch's profiler over full fine-tuning and adapters in turn; each operation's own time, in groups, medians over rounds.
 Profiling lengthens small operations, so compare shares, and take times from the other scripts. Example:

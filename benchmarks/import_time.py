@@ -1,4 +1,4 @@
-"""How long does ``import convpeft`` take once torch is there?
+"""Measure how long ``import convpeft`` takes once torch is there.
 
 Every sample is a fresh process that imports torch first and then one library, timed apart; the processes of a round run
 in an order drawn anew. Example: ``python -m benchmarks.import_time --rounds 9``.

@@ -1,4 +1,4 @@
-"""How long does a forward pass take: the bare base, with adapters, merged in each form?
+"""Measure how long a forward pass takes: the bare base, with adapters, merged in each form.
 
 YOLO-World-v2 in eval mode without gradients. The base runs twice, as two copies; what the second shows beside 1.00 is
 the noise of the run. Adapters hold small random numbers, as if trained. Example: ``python -m benchmarks.inference``.

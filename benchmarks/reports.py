@@ -233,7 +233,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
     lines = ["| row | must be | aim | measured (quartiles) | | figures |", "| --- | ---: | ---: | ---: | --- | --- |"]
     for v in verdicts:
         spread = f"{ratio(v.value)} ({ratio(v.low)}–{ratio(v.high)})" if v.low != v.high else ratio(v.value)
-        word = "pass" if v.passed else "**fail**"
+        word = "**fail**" if not v.passed else "pass, aim reached" if v.value <= v.aim else "pass"
         lines.append(f"| {v.row} | ≤ {_bound(v.must)} | {_bound(v.aim)} | {spread} | {word} | {v.detail} |")
     return "\n".join(lines)
 

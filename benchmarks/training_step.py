@@ -1,4 +1,4 @@
-"""How long does a training step take next to full fine-tuning, and how much memory?
+"""Measure the time and memory of a training step next to full fine-tuning.
 
 Forward pass, loss and backward pass of YOLO-World-v2 (ultralytics' model and loss, random weights, one random batch),
 convpeft and its peers side by side. Needs ``convpeft[example]``, and lycoris-lora for its lines. Example:
@@ -23,6 +23,7 @@ from .runner import Case, Result, side_by_side
 from .worlds import PLACES, Setting, another, base_model, batch_of, head_alone, training_case
 
 FULL, HEAD = "full fine-tuning", "head alone"
+PEFT_METHODS = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa"}
 Attach = Callable[[nn.Module], Attached]
 
 
@@ -30,9 +31,9 @@ def peers(every: bool) -> dict[str, tuple[str, Attach]]:
     """Return what attaches each peer by name, with the place it is compared at; the usual ones or all."""
     found: dict[str, tuple[str, Attach]] = {}
     for place, parts in PLACES.items():
-        methods = ("lora", "dora", "loha") if every or place != "every conv" else ("lora",)
+        methods = tuple(PEFT_METHODS) if every or place != "every conv" else ("lora",)
         for method in methods:
-            name = f"peft {dict(lora='LoRA', dora='DoRA', loha='LoHa')[method]} r=8, {place}"
+            name = f"peft {PEFT_METHODS[method]} r=8, {place}"
             found[name] = (place, lambda model, method=method, parts=parts: attach_peft(model, method, parts))
         if find_spec("lycoris"):
             found[f"LyCORIS LoCon r=8, {place}"] = (place, lambda model, parts=parts: attach_lycoris(model, parts))
