@@ -176,7 +176,7 @@ def run(options: argparse.Namespace) -> tuple[list[Table], list[Verdict]]:
 
 def main() -> int:
     """Measure, judge and report; 1 if a row fails."""
-    made = parser(__doc__, rounds=7)
+    made = parser(__doc__, rounds=11)
     add_model_options(made)
     made.add_argument("--large", default="l", choices=("n", "s", "m", "l"), help="the model of the rows about L")
     made.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="these parts, on a CPU")
