@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -54,7 +55,8 @@ def spent(case: Case, device: str) -> dict[str, float]:
             torch.cuda.synchronize()
         total = time.perf_counter() - started
     seconds = dict.fromkeys([*GROUPS, REST], 0.0)
-    for event in profiler.key_averages():
+    operations = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
+    for event in operations:  # kernels have lines of their own beside the operations that launch them
         own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
         seconds[group_of(event.key)] += own / 1e6
     seconds[REST] = max(0.0, total - sum(seconds[group] for group in GROUPS))

@@ -31,6 +31,10 @@ How it is measured:
 * **Peers** sit on the same convolutions at the same rank, each at the setting that was fastest for it: BatchNorms of the
   frozen base in eval mode, no dropout, peft without its wrapper, LyCORIS in bypass mode.
 """
+MISSED = (
+    "A missed row stays in the table with the best that was reached; what stands in the way of a shorter step is in "
+    "[Where a step's time goes](#{anchor})."
+)
 SECTIONS: dict[str, tuple[str, str]] = {
     "acceptance": (
         "Acceptance",
@@ -76,6 +80,8 @@ def section(name: str, report: Report, pictures: Path) -> str:
     parts = [f"## {title}{' on a GPU' if device == 'cuda' else ''}", text]
     if report.verdicts:
         parts.append(verdict_table(report.verdicts))
+        if not all(verdict.passed for verdict in report.verdicts):
+            parts.append(MISSED.format(anchor=f"where-a-steps-time-goes{'-on-a-gpu' if device else ''}"))
     parts += [f"### {grid.title}\n\n{grid.markdown()}" for grid in report.grids]
     if kind == "growth":
         parts += curves(report.tables, name, pictures)

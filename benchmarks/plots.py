@@ -81,9 +81,13 @@ def lines(tables: Sequence[Table], path: Path) -> Path:
         if counted:
             axes[0][1].plot([x for x, _ in found], [(r.saved_bytes or 0) / 1e6 for _, r in found], **style)
     for axis, label in zip(axes[0], ("seconds", "kept for backward, MB"), strict=False):
-        axis.set(xlabel=tables[0].axis, ylabel=label, xscale="log", yscale="log")
-        axis.grid(which="both", linewidth=0.3)
+        axis.set(xlabel=tables[0].axis, ylabel=label, xscale="log")
         axis.set_xticks([table.x for table in tables], labels=[f"{table.x:g}" for table in tables])
-        axis.minorticks_off()
+        axis.xaxis.set_minor_locator(_pyplot().NullLocator())
+        if axis.get_ylim()[1] > 100 * min(min(line.get_ydata()) for line in axis.lines):
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
+        axis.grid(linewidth=0.3)
     axes[0][0].legend(fontsize=7)
     return _save(figure, path)
