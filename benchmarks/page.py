@@ -21,7 +21,8 @@ How it is measured:
 
 * All cases of a table run **side by side** in one process: every round runs each case once, in an order drawn anew. A
   case is judged by its time divided by the baseline's time of the same round; the tables show the median of that, and
-  the first and third quartile. `time` is the median in itself.
+  the first and third quartile. `time` is the median of the case's own times; on a busy machine two of those need not
+  have the ratio that the rounds show.
 * `CPU time ÷` is the same ratio of the process's CPU time, on which other processes have less influence.
 * **Kept for backward** is the most that autograd holds for the backward pass at one time, counted through
   `torch.autograd.graph.saved_tensors_hooks`; a storage counts once, and parameters do not count. **Peak** is the most that
