@@ -7,7 +7,7 @@ ARGS ?=
 # idle threads must not spin: a process next to others on few cores would be several times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test quick mutants nightly check format docs clean
+.PHONY: help demo test quick mutants nightly benchmarks check format docs clean
 
 help:
 	@echo "make demo    install into $(VENV) and run the YOLO-World demo (about 10 minutes on 2 CPU cores)"
@@ -15,6 +15,7 @@ help:
 	@echo "make quick   the tests without the slow ones"
 	@echo "make mutants drop each field of ConvGeometry in turn and see a test fail (about a minute)"
 	@echo "make nightly the property tests with more than 20,000 different cases (about half an hour)"
+	@echo "make benchmarks  measure against full fine-tuning and peers, write docs/benchmarks.md (about 40 minutes)"
 	@echo "make check   format and lint, types, doctests, quick tests"
 	@echo "make docs    build the pages of docs/ into build/site"
 	@echo "make clean   delete $(VENV), runs, caches and generated data"
@@ -40,6 +41,9 @@ mutants: $(VENV)/.installed-example,commands,detectors,test
 
 nightly: $(VENV)/.installed-example,commands,detectors,test
 	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile=nightly -s $(ARGS)
+
+benchmarks: $(VENV)/.installed-example,benchmarks
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks $(ARGS)  # waking threads that sleep would be measured
 
 check: $(VENV)/.installed-example,commands,detectors,test,dev
 	$(BIN)/ruff format .

@@ -1,1 +1,5 @@
-"""One question per script; all of them run their cases side by side through ``runner``."""
+"""One question per script, all through one runner; ``python -m benchmarks`` runs them all and writes docs/benchmarks.md."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: idle threads must not spin

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import convpeft
-from benchmarks.peers import LycorisLora, PeftLora
+from benchmarks.contract_peers import LycorisLora, PeftLora
 from tests.detectors.steps import RANK, STEPS, Bench, Convpeft, Library, built, every_layer
 from tests.detectors.zoo import FAMILIES
 

@@ -1,133 +1,79 @@
-"""peft and LyCORIS through the eyes of tests/detectors/steps.py, each at its best setting.
+"""Other libraries on the same layers, each at the setting that was fastest for it.
 
-A library may leave layers out that it cannot adapt, so that one of them does not decide every step; only where every
-layer is the question (``all_layers``) it must take them all.
+Measured on YOLO-World-v2-S: the base's BatchNorms in eval mode, no dropout; peft without its ``PeftModel`` wrapper;
+LyCORIS in bypass mode, where it does not rebuild each layer's weight.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import re
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from tests.detectors.steps import RANK, layers_of
-from tests.detectors.zoo import Subject
+from .worlds import convs_of, hold_norms
 
 
-def adaptable(model: nn.Module, subject: Subject) -> dict[str, Any]:
-    """Return the layers that a rule of convpeft's reaches, by name."""
-    return {name: model.get_submodule(name) for name in sorted(layers_of(model)) if subject.adapts(name)}
+class Attached(NamedTuple):
+    """A model with a peer's adapters, and what of theirs is not inside it."""
+
+    model: nn.Module
+    beside: tuple[nn.Module, ...] = ()
 
 
-class PeftLora:
-    """peft's LoRA. Left out: layers whose groups do not divide the rank (it refuses), dilated ones (they crash)."""
+def peft_config(method: str, names: Sequence[str], rank: int = 8) -> Any:
+    """Return peft's configuration of ``lora``, ``dora`` or ``loha`` on layers by name, at scale 1."""
+    import peft
 
-    def __init__(self, all_layers: bool = False) -> None:
-        self.all_layers = all_layers
-
-    def attach(self, model: nn.Module, subject: Subject) -> nn.Module:
-        """Return the model with peft's layers in it; the wrapper that peft needs later rides along."""
-        from peft import LoraConfig, get_peft_model
-
-        layers = adaptable(model, subject)
-        names = [name for name, layer in layers.items() if self.all_layers or self._accepts(layer)]
-        self._answer(model)
-        return self._base(get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names)))
-
-    def _accepts(self, layer: Any) -> bool:
-        return isinstance(layer, nn.Linear) or (RANK % layer.groups == 0 and layer.dilation == (1, 1))
-
-    def _answer(self, model: nn.Module) -> None:
-        """Let a model of transformers that has no word embeddings say so, in place: peft asks, and would raise."""
-        if not self.all_layers and hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings = nn.Identity
-
-    def _base(self, wrapped: Any) -> nn.Module:
-        base = wrapped.get_base_model()
-        base.__dict__["_peft_wrapped"] = wrapped
-        return base
-
-    def adapters(self, model: nn.Module) -> dict[str, list[nn.Parameter]]:
-        """Return both factors of every LoRA, by layer."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-        return {name: [p for key, p in layer.named_parameters() if "lora_" in key] for name, layer in layers}
-
-    def save(self, model: nn.Module, path: Path) -> None:
-        """Write peft's own folder beside ``path``."""
-        model.__dict__["_peft_wrapped"].save_pretrained(path.parent / "peft")
-
-    def load(self, model: nn.Module, path: Path) -> nn.Module:
-        """Return the model with the adapters of that folder."""
-        from peft import PeftModel
-
-        self._answer(model)
-        return self._base(PeftModel.from_pretrained(model, path.parent / "peft"))
-
-    def merge(self, model: nn.Module) -> nn.Module:
-        """Return the base with the adapters merged."""
-        return model.__dict__["_peft_wrapped"].merge_and_unload()
-
-    def eject(self, model: nn.Module) -> nn.Module:
-        """Return the base without adapters."""
-        return model.__dict__["_peft_wrapped"].unload()
+    if method == "loha":
+        return peft.LoHaConfig(r=rank, alpha=rank, target_modules=list(names))
+    return peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(names), use_dora=method == "dora")
 
 
-class LycorisLora:
-    """LyCORIS's LoCon, freezing done by hand. Left out: convolutions with a forward of their own (they crash)."""
+def attach_peft(model: nn.Module, method: str, parts: Sequence[str] = ("",), rank: int = 8) -> Attached:
+    """Put peft's adapters into the model in place, without its wrapper; norms held."""
+    import peft
 
-    def __init__(self, all_layers: bool = False) -> None:
-        self.all_layers = all_layers
+    model = peft.inject_adapter_in_model(peft_config(method, convs_of(model, parts), rank), model)
+    hold_norms(model)
+    return Attached(model)
 
-    def attach(self, model: nn.Module, subject: Subject) -> nn.Module:
-        """Return the model with its layers' forwards replaced; the network of adapters rides along."""
-        from lycoris import LycorisNetwork, create_lycoris
 
-        logging.getLogger("LyCORIS").setLevel(logging.ERROR)
-        layers = adaptable(model, subject)
-        names = [name for name, layer in layers.items() if self.all_layers or self._accepts(layer)]
-        LycorisNetwork.apply_preset({"target_module": [], "target_name": [f"{re.escape(name)}$" for name in names]})
-        network = create_lycoris(model.requires_grad_(False), 1.0, linear_dim=RANK, linear_alpha=RANK, algo="locon")
-        return self._carry(model, network)
+def wrap_peft(model: nn.Module, method: str, parts: Sequence[str] = ("",), rank: int = 8) -> Any:
+    """Return the ``PeftModel`` around the model: what saves, loads, switches and merges in peft."""
+    import peft
 
-    def _accepts(self, layer: Any) -> bool:
-        return isinstance(layer, nn.Linear) or type(layer).forward is nn.Conv2d.forward
+    return peft.get_peft_model(model, peft_config(method, convs_of(model, parts), rank))
 
-    def _carry(self, model: nn.Module, network: Any) -> nn.Module:
-        network.apply_to()
-        network.to(next(model.parameters()).dtype)
-        model.__dict__["_lycoris_network"] = network
-        return model
 
-    def adapters(self, model: nn.Module) -> dict[str, list[nn.Parameter]]:
-        """Return the factors of every LoCon, by layer."""
-        names = {id(module): name for name, module in model.named_modules()}
-        network = model.__dict__["_lycoris_network"]
-        return {names[id(lora.org_module[0])]: list(lora.parameters()) for lora in network.loras}
+def attach_lycoris(
+    model: nn.Module, parts: Sequence[str] = ("",), rank: int = 8, *, bypass: bool = True, algorithm: str = "locon"
+) -> Attached:
+    """Put LyCORIS adapters into the model in place; they live beside it, outside its ``state_dict``."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        from lycoris import LycorisNetwork
 
-    def save(self, model: nn.Module, path: Path) -> None:
-        """Write the network's file."""
-        model.__dict__["_lycoris_network"].save_weights(str(path), None, None)
-
-    def load(self, model: nn.Module, path: Path) -> nn.Module:
-        """Return the model with the network of that file."""
-        from lycoris import create_lycoris_from_weights
-
-        network, _ = create_lycoris_from_weights(1.0, str(path), model.requires_grad_(False))
-        return self._carry(model, network)
-
-    def merge(self, model: nn.Module) -> nn.Module:
-        """Return the model with the adapters merged and the forwards put back."""
-        network = model.__dict__.pop("_lycoris_network")
-        network.restore()
-        network.merge_to(1.0, precise=True)
-        return model
-
-    def eject(self, model: nn.Module) -> nn.Module:
-        """Return the model with the forwards put back."""
-        model.__dict__.pop("_lycoris_network").restore()
-        return model
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+    patterns = [f"{re.escape(name)}$" for name in convs_of(model, parts)]
+    LycorisNetwork.apply_preset(
+        {"enable_conv": True, "target_module": [], "target_name": patterns, "module_algo_map": {}, "name_algo_map": {}}
+    )
+    network = LycorisNetwork(
+        model,
+        lora_dim=rank,
+        conv_lora_dim=rank,
+        alpha=rank,
+        conv_alpha=rank,
+        network_module=algorithm,
+        bypass_mode=bypass,
+        warn_on_unmatched=False,
+    )
+    model.requires_grad_(False)
+    network.apply_to()
+    network.requires_grad_(True).train()
+    hold_norms(model)
+    return Attached(model, (network,))

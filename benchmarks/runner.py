@@ -1,24 +1,29 @@
-"""Measure cases side by side: interleaved rounds, ratios within a round, medians with spread, JSON and a table.
+"""Measure cases side by side: interleaved rounds, ratios within a round, medians with quartiles.
 
 Machines are shared and noisy, so a time alone says little. Every round runs each case once, in an order drawn anew,
-and a case is judged by its time divided by the baseline's time of the same round.
+and a case is judged by its time divided by the baseline's time of the same round. Beside the wall clock the process's
+own CPU time is taken: what other processes do lengthens the first far more than the second.
 """
 
 from __future__ import annotations
 
-import json
-import platform
+import gc
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
+
+from .memory import peak_bytes, saved_bytes
+
+
+def nothing() -> None:
+    """Prepare nothing."""
 
 
 @dataclass(frozen=True)
@@ -27,35 +32,55 @@ class Case:
 
     Attributes:
         name: in the table.
-        step: runs once what is timed.
-        model: whose parameters do not count as kept for backward.
+        step: runs once what is timed; gets what ``prepare`` returned, if that is not None.
+        modules: whose parameters do not count as kept for backward, and whose trainable parameters are counted.
+        prepare: runs before each step, untimed.
+        repeat: steps in one timed sample, for what is too short to time alone.
+        trains: whether a step has a backward pass, so that its memory is worth counting.
     """
 
     name: str
-    step: Callable[[], None]
-    model: nn.Module
+    step: Callable[..., Any]
+    modules: tuple[nn.Module, ...] = ()
+    prepare: Callable[[], Any] = nothing
+    repeat: int = 1
+    trains: bool = False
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a case came to; ratios are to the first case.
+    """What a case came to; ratios are to the baseline, the first case. None stands for what was not measured.
 
     Attributes:
-        seconds: median of a step.
-        ratio: median over the rounds.
-        quartiles: of the ratio, first and third.
-        saved_bytes: kept by autograd for one backward pass, parameters not counted.
-        saved_ratio: the same, relative to the first case.
+        seconds, cpu_seconds: medians of a step: wall clock, and CPU time of the process.
+        ratio, quartiles: of the wall clock, over the rounds: median, and first and third quartile.
+        cpu_ratio: of the CPU time, median over the rounds.
+        saved_bytes: the most that autograd held for backward at one time, parameters not counted.
+        peak_bytes: the most that the allocator held at one time, beyond what it held before the step.
         trainable: number of trainable parameters.
     """
 
     name: str
     seconds: float
+    cpu_seconds: float
     ratio: float
     quartiles: tuple[float, float]
-    saved_bytes: int
-    saved_ratio: float
-    trainable: int
+    cpu_ratio: float
+    saved_bytes: int | None = None
+    saved_ratio: float | None = None
+    peak_bytes: int | None = None
+    peak_ratio: float | None = None
+    trainable: int | None = None
+
+
+@dataclass
+class _Samples:
+    """The times of one case, a number for each round, and its memory."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    saved: int | None = None
+    peak: int | None = None
 
 
 def side_by_side(cases: Sequence[Case], *, rounds: int = 7, warm_up: int = 2, seed: int = 0) -> list[Result]:
@@ -63,91 +88,77 @@ def side_by_side(cases: Sequence[Case], *, rounds: int = 7, warm_up: int = 2, se
 
     Args:
         cases: at least one.
-        rounds: timed runs of each case.
-        warm_up: untimed runs of each case before them.
+        rounds: timed samples of each case.
+        warm_up: untimed ones before them.
         seed: of the order within each round.
     """
     order = random.Random(seed)
-    saved = [saved_bytes(case) for case in cases]
-    times: list[list[float]] = [[] for _ in cases]
-    for number in tqdm(range(warm_up + rounds), desc="rounds"):
+    samples = [_Samples() for _ in cases]
+    for number in tqdm(range(warm_up + rounds), desc="rounds", disable=None):
         positions = list(range(len(cases)))
         order.shuffle(positions)
         for position in positions:
-            seconds = timed(cases[position].step)
+            wall, cpu = timed(cases[position])
             if number >= warm_up:
-                times[position].append(seconds)
-    results = []
-    for case, own, kept in zip(cases, times, saved, strict=True):
-        ratios = sorted(mine / base for mine, base in zip(own, times[0], strict=True))
-        spread = statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else [ratios[0]] * 3
-        trainable = sum(p.numel() for p in case.model.parameters() if p.requires_grad)
-        middle, edges = statistics.median(ratios), (spread[0], spread[2])
-        results.append(
-            Result(case.name, statistics.median(own), middle, edges, kept, kept / max(1, saved[0]), trainable)
-        )
-    return results
+                samples[position].wall.append(wall)
+                samples[position].cpu.append(cpu)
+    for case, own in zip(cases, samples, strict=True):
+        if case.trains:  # after the rounds, so that whatever is made once is there
+            own.saved, own.peak = saved_bytes(case.step, case.modules), peak_bytes(case.step)
+    return [_result(case, own, samples[0]) for case, own in zip(cases, samples, strict=True)]
 
 
-def timed(step: Callable[[], None]) -> float:
-    """Return the seconds one step takes, waiting for the GPU if there is one."""
-    if torch.cuda.is_available():
+def timed(case: Case) -> tuple[float, float]:
+    """Return the seconds of one step, wall clock and CPU, waiting for the GPU if there is one."""
+    prepared = case.prepare()
+    arguments = () if prepared is None else (prepared,)
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()  # another case's garbage is not this one's time
+    try:
+        _wait()
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(case.repeat):
+            case.step(*arguments)
+        _wait()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    finally:
+        if collects:
+            gc.enable()
+    return wall / case.repeat, cpu / case.repeat
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    started = time.perf_counter()
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
-def saved_bytes(case: Case) -> int:
-    """Return how many bytes autograd keeps for the backward passes of one step; shared storages count once."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in case.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        case.step()
-    return sum(kept.values())
-
-
-def table(results: Sequence[Result]) -> str:
-    """Return the results as a Markdown table."""
-    base = results[0].name
-    lines = [
-        f"| case | trainable | time ÷ {base} (quartiles) | seconds | kept for backward ÷ {base} | MB kept |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for r in results:
-        low, high = r.quartiles
-        lines.append(
-            f"| {r.name} | {r.trainable:,} | {r.ratio:.2f} ({low:.2f}–{high:.2f}) | {r.seconds:.3f} "
-            f"| {r.saved_ratio:.2f} | {r.saved_bytes / 1e6:.1f} |"
-        )
-    return "\n".join(lines)
+def _result(case: Case, own: _Samples, base: _Samples) -> Result:
+    ratios = [mine / other for mine, other in zip(own.wall, base.wall, strict=True)]
+    cpu_ratios = [mine / max(other, 1e-9) for mine, other in zip(own.cpu, base.cpu, strict=True)]
+    parameters = {id(p): p for module in case.modules for p in module.parameters() if p.requires_grad}
+    return Result(
+        name=case.name,
+        seconds=statistics.median(own.wall),
+        cpu_seconds=statistics.median(own.cpu),
+        ratio=statistics.median(ratios),
+        quartiles=quartiles(ratios),
+        cpu_ratio=statistics.median(cpu_ratios),
+        saved_bytes=own.saved,
+        saved_ratio=_over(own.saved, base.saved),
+        peak_bytes=own.peak,
+        peak_ratio=_over(own.peak, base.peak),
+        trainable=sum(p.numel() for p in parameters.values()) if case.modules else None,
+    )
 
 
-def machine() -> dict[str, Any]:
-    """Return what ran the measurement: versions, processor, threads, GPU."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-    }
+def _over(own: int | None, base: int | None) -> float | None:
+    return None if own is None or base is None else own / max(1, base)
 
 
-def report(results: Sequence[Result], settings: dict[str, Any], path: Path | None) -> None:
-    """Print machine, settings and table, and write all of it as JSON where a path is given."""
-    print(f"{machine()}\n{settings}\n\n{table(results)}")
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": machine(), "settings": settings, "results": [asdict(result) for result in results]}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Return the first and the third quartile; of one value, that value twice."""
+    if len(values) == 1:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from benchmarks import detectors, peers
+from benchmarks import contract_peers as peers
+from benchmarks import detectors
 
 from .conftest import BenchOf
 from .steps import STEPS, built
