@@ -83,7 +83,8 @@ def by_residents(setting: Setting, options: argparse.Namespace) -> list[Table]:
         found = side_by_side(crowd.cases(), rounds=options.rounds, warm_up=1, seed=options.seed)
         held = sum(p.numel() * p.element_size() for n, p in crowd.ours.named_parameters() if ".convpeft." in n)
         note = f"{held / 1e6:.2f} MB of adapter parameters, {held / 1e3 / count:.1f} kB each."
-        title = f"{count:,} adapters in YOLO-World-v2-N: LoRA r={RESIDENT_RANK} beside the neck's last convs, 1×{options.size}²"
+        where = f"LoRA r={RESIDENT_RANK} beside the neck's last convs, 1×{options.size}²"
+        title = f"{count:,} adapters in YOLO-World-v2-N: {where}"
         tables.append(Table(title, tuple(found), axis="adapters in the model", x=count, notes=(note,)))
     return tables
 
