@@ -1,4 +1,4 @@
-"""One question per script, all through one runner; ``python -m benchmarks`` runs them all and writes docs/benchmarks.md."""
+"""One question per script, all through one runner; ``python -m benchmarks`` runs all and writes docs/benchmarks.md."""
 
 import os
 

@@ -61,7 +61,7 @@ def main() -> int:
         print(f"\n== {job}: {' '.join(command[1:])}", flush=True)
         code = subprocess.run(command, cwd=ROOT).returncode
         if code and not (job == "acceptance" and code == 1):
-            failed.append(job)
+            failed.append(f"{job} (exit status {code})")
     print(f"wrote {render(options.results)}")
     if failed:
         print(f"failed: {', '.join(failed)}")

@@ -1,8 +1,8 @@
 """Judge convpeft by the acceptance table: for each row pass or fail, what was asked for, what was measured.
 
 All rows are medians of cases that ran side by side, relative to the baseline of the same round, on the wall clock. On a
-CPU: YOLO-World-v2-S at 4×256², its large sister for two rows, forward passes at 1×640². With ``--device cuda``: the step's
-rows on L at 16×640² with autocast. Example: ``python -m benchmarks.acceptance --only step swap``.
+CPU: YOLO-World-v2-S at 4×256², its large sister for two rows, forward passes at 1×640². With ``--device cuda``: the
+step's rows on L at 16×640² with autocast. Example: ``python -m benchmarks.acceptance --only step swap``.
 """
 
 from __future__ import annotations

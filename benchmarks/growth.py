@@ -16,12 +16,12 @@ from tqdm import tqdm
 import convpeft
 
 from .commands import add_model_options, finish, parsed, parser, setting_of
-from .kinds import injected, lora_spec
-from .peers import Attached, attach_peft, peft_config, wrap_peft
+from .kinds import LAST_CONVS, injected, lora_spec, spec_on_blocks
+from .peers import Attached, attach_peft, peft_config
 from .reports import Table
 from .runner import Case, side_by_side
 from .training_step import Attach, measured
-from .worlds import NECK_AND_HEAD, SCALES, Setting, another, base_model, batch_of, convs_of, inference_case
+from .worlds import SCALES, Setting, another, base_model, batch_of, inference_case
 
 PARTS = ("scale", "rank", "size", "residents")
 RESIDENT_RANK = 4
@@ -82,8 +82,9 @@ def by_residents(setting: Setting, options: argparse.Namespace) -> list[Table]:
         crowd.grow(count, peft=count <= options.peer_residents)
         found = side_by_side(crowd.cases(), rounds=options.rounds, warm_up=1, seed=options.seed)
         held = sum(p.numel() * p.element_size() for n, p in crowd.ours.named_parameters() if ".convpeft." in n)
-        note = f"{held / 1e6:.1f} MB of adapter parameters, {held / 1e6 / count:.2f} MB each."
-        title = f"{count:,} adapters in YOLO-World-v2-N: LoRA r={RESIDENT_RANK}, neck and head, 1×{options.size}²"
+        note = f"{held / 1e6:.2f} MB of adapter parameters, {held / 1e3 / count:.1f} kB each."
+        where = f"LoRA r={RESIDENT_RANK} beside the neck's last convs, 1×{options.size}²"
+        title = f"{count:,} adapters in YOLO-World-v2-N: {where}"
         tables.append(Table(title, tuple(found), axis="adapters in the model", x=count, notes=(note,)))
     return tables
 
@@ -92,12 +93,14 @@ class _Crowd:
     """A bare base, and two copies of it with the same growing number of adapters, convpeft's and peft's."""
 
     def __init__(self, setting: Setting, size: int) -> None:
+        import peft
+
         self.setting, self.images = setting, batch_of(1, size, setting)["img"]
         self.base = base_model("n", setting).eval()
         self.ours, self.names = another(self.base), []
-        self.spec = lora_spec("neck and head", RESIDENT_RANK)
-        self.config = peft_config("lora", convs_of(self.base, NECK_AND_HEAD), RESIDENT_RANK)
-        self.theirs, self.peers = wrap_peft(another(self.base), "lora", NECK_AND_HEAD, RESIDENT_RANK), ["default"]
+        self.spec = spec_on_blocks({"kind": "lora", "rank": RESIDENT_RANK}, LAST_CONVS)
+        self.config = peft_config("lora", LAST_CONVS, RESIDENT_RANK)
+        self.theirs, self.peers = peft.get_peft_model(another(self.base), self.config).eval(), ["default"]
         self.crowded = False
 
     def grow(self, count: int, *, peft: bool) -> None:

@@ -1,8 +1,8 @@
 """Measure how long inject, eject, merge, save, load and swap take.
 
 LoRA r=8 on every convolution of YOLO-World-v2, next to the same step of peft (as its ``PeftModel`` does it, but for
-inject, where ``inject_adapter_in_model`` is faster) and LyCORIS. convpeft's merge works in float64 and probes each layer,
-its files are checked against the base; the peers do neither. Example: ``python -m benchmarks.handling --scale l``.
+inject, where ``inject_adapter_in_model`` is faster) and LyCORIS. convpeft's merge works in float64 and probes each
+layer, its files are checked against the base; the peers do neither. E.g. ``python -m benchmarks.handling --scale l``.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def spent(case: Case, device: str) -> dict[str, float]:
 
 
 def grid(title: str, names: Sequence[str], rounds: list[list[dict[str, float]]]) -> Grid:
-    """Return the table of medians: a row for each group, a column for each case, with its share of the first case's step.
+    """Return the table of medians: a row for each group, a column for each case, shares of the first one's step.
 
     Args:
         title: of the table.

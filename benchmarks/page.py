@@ -20,17 +20,17 @@ answers one question and takes `--help`.
 How it is measured:
 
 * All cases of a table run **side by side** in one process: every round runs each case once, in an order drawn anew. A
-  case is judged by its time divided by the baseline's time of the same round; the tables show the median of that, and
-  the first and third quartile. `time` is the median of the case's own times; on a busy machine two of those need not
-  have the ratio that the rounds show.
+  case is judged by its time divided by the baseline's time of the same round; the tables show the median of that,
+  and the first and third quartile. `time` is the median of the case's own times; on a busy machine two of those need
+  not have the ratio that the rounds show.
 * `CPU time ÷` is the same ratio of the process's CPU time, on which other processes have less influence.
 * **Kept for backward** is the most that autograd holds for the backward pass at one time, counted through
-  `torch.autograd.graph.saved_tensors_hooks`; a storage counts once, and parameters do not count. **Peak** is the most that
-  torch's allocator held beyond what it held before the step: activations, gradients, buffers.
-* A **training step** is forward pass, ultralytics' own loss, and backward pass of YOLO-World-v2 with random weights. Full
-  fine-tuning trains all but the fixed sum of DFL; nobody adapts that one.
-* **Peers** sit on the same convolutions at the same rank, each at the setting that was fastest for it: BatchNorms of the
-  frozen base in eval mode, no dropout, peft without its wrapper, LyCORIS in bypass mode.
+  `torch.autograd.graph.saved_tensors_hooks`; a storage counts once, and parameters do not count. **Peak** is the most
+  that torch's allocator held beyond what it held before the step: activations, gradients, buffers.
+* A **training step** is forward pass, ultralytics' own loss, and backward pass of YOLO-World-v2 with random weights.
+  Full fine-tuning trains all but the fixed sum of DFL; nobody adapts that one.
+* **Peers** sit on the same convolutions at the same rank, each at the setting that was fastest for it: BatchNorms of
+  the frozen base in eval mode, no dropout, peft without its wrapper, LyCORIS in bypass mode.
 """
 MISSED = (
     "A missed row stays in the table with the best that was reached; what stands in the way of a shorter step is in "

@@ -49,7 +49,7 @@ def peers(every: bool) -> dict[str, tuple[str, Attach]]:
 
 
 def choices(every: bool) -> dict[str, tuple[str, Attach]]:
-    """Return what makes each case from a copy of the base, by name, with its place; full fine-tuning is not among them."""
+    """Return what makes each case from a copy of the base by name, with its place; full fine-tuning is none of them."""
     found: dict[str, tuple[str, Attach]] = {HEAD: ("any", lambda model: Attached(head_alone(model)))}
     found.update(peers(every))
     for name, (place, spec) in specs(every).items():

@@ -83,7 +83,7 @@ def convs_of(model: nn.Module, parts: Sequence[str] = ("",)) -> list[str]:
 
 
 def hold_norms(model: nn.Module, held: Callable[[str], bool] = lambda name: True) -> None:
-    """Keep the chosen BatchNorms in eval mode, in place, as careful users do with a frozen base; not through ``train()``."""
+    """Keep the chosen BatchNorms in eval mode, in place, as for a frozen base; until the next ``train()``."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and held(name):
             module.eval()
