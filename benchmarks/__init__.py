@@ -1,5 +1,5 @@
-"""One question per script, all through one runner; ``python -m benchmarks`` runs all and writes docs/benchmarks.md."""
+"""One question per script, all through one runner; ``python -m benchmarks`` runs them all and writes docs/benchmarks.md.
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: idle threads must not spin
+They run under torch's own defaults. ``OMP_WAIT_POLICY=PASSIVE`` in the environment, good on a busy machine, would charge each
+operation with waking threads that sleep.
+"""

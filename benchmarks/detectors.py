@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.detectors`` runs everything; ``--families timm-resnet smp-unet`` prints the table of those alone.
 The families are in tests/detectors/zoo, the steps in tests/detectors/steps.py, where the tests run them too; how peft
-and LyCORIS are used is in benchmarks/peers.py.
+and LyCORIS are used is in benchmarks/contract_peers.py.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ is equal to 1e-12 in float64.
 ## What failed
 
 Each library is at its best setting: where it refuses some layers or crashes on them, only *every layer* counts that, and
-the other steps run on the layers it can adapt. How they are used is in `benchmarks/peers.py`.
+the other steps run on the layers it can adapt. How they are used is in `benchmarks/contract_peers.py`.
 
 **convpeft.** {convpeft}
 

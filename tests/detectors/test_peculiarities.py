@@ -75,12 +75,16 @@ def test_attention_that_reads_a_weight_past_its_layer_is_refused(bench_of: Bench
     assert same_bits(bits(model), before)
 
 
-def test_standardised_weights_are_refused_by_name() -> None:
-    """A normaliser-free network computes each convolution's weight anew; LoRA beside it works, and cannot be absorbed."""
+def test_standardised_weights_take_a_chain_and_cannot_absorb() -> None:
+    """A normaliser-free network computes each convolution's weight anew; LoRA beside it works."""
     model = timm.create_model("test_nfnet", num_classes=4).double().eval()
     standardised = {name for name, module in model.named_modules() if "Std" in type(module).__name__}
     convpeft.inject(model, {"rules": [{"match": "**", **LORA}]})
     assert standardised
-    refused = convpeft.plan_merge(randomised(model)).refused
+    forms = {row.name: row.form for row in convpeft.plan_merge(randomised(model)).rows}
+    assert {name for name, form in forms.items() if form == "factored"} == standardised
+    refused = convpeft.plan_merge(model, form="single").refused
     assert set(refused) == standardised
     assert all("Its forward is not the convolution of its weight alone" in reason for reason in refused.values())
+    x = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    assert_relative(convpeft.merge(model)(x).detach(), model(x).detach())
