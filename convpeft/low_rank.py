@@ -14,7 +14,7 @@ from .kernels import compose_pointwise
 Form = Literal["separate", "weight"]
 Pair = tuple[int, int]
 _LANES = 16  # channels that kernels work on at a time: fewer cost as much
-_SMALL = 1.5  # how much dearer a multiply-accumulate of a small convolution is, measured (docs/decisions/0009)
+_SMALL = 1.5  # how much dearer a multiply-accumulate of a small convolution is, measured (docs/decisions/0011)
 
 
 class Conv(NamedTuple):

@@ -97,8 +97,7 @@ def test_onnx_of_a_merged_model_has_the_bases_operators(kind, match, place, dyna
         torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(output, plain, rtol=1e-2)
     assert found == operators
-    adapted, output = onnx_run(model, tmp_path / "adapted.onnx", x, dynamo=dynamo)
-    assert adapted != operators
+    _, output = onnx_run(model, tmp_path / "adapted.onnx", x, dynamo=dynamo)
     with torch.no_grad():
         torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-5)
 
