@@ -18,6 +18,7 @@ CPU: dict[str, list[str]] = {
     "import_time": [],
     "acceptance": [],
     "hot_spots": [],
+    "hot_spots-l": ["--scale", "l", "--rounds", "3", "--cases", "convpeft LoRA r=8, every conv"],
     "training_step": ["--all", "--rounds", "5"],
     "training_step-m": ["--scale", "m", "--rounds", "3", "--warm-up", "1"],
     "training_step-l": ["--scale", "l", "--rounds", "3", "--warm-up", "1"],

@@ -50,6 +50,12 @@ SECTIONS: dict[str, tuple[str, str]] = {
         "torch's profiler over the same steps: what adapters save and what they add, relative to full fine-tuning. "
         "Profiling lengthens small operations; the tables above have the true times.",
     ),
+    "hot_spots-l": (
+        "Where a step's time goes, L",
+        "The row of the acceptance table that is missed: the frozen model's own passes are about two thirds of a full step "
+        "(forward, and back to the input), and A's convolutions and both factors' products come on top. With few channels these run at a "
+        "fraction of a large convolution's speed.",
+    ),
     "inference": ("Inference", "The base runs as two copies: what the second one shows beside 1.00 is noise."),
     "inference-compiled": ("Inference, compiled", "The same with the network in `torch.compile`."),
     "handling": (
