@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .adding import add_to_entry, convolved, update
+from .checkpoints import BASE, SLOT, STASH, route_checkpoint
 from .errors import HostError
 from .guards import refuse_another_bias, refusing, restored_class
 from .lean import is_convolution, is_norm, normalise
-from .routing import BASE, SLOT, STASH, route_checkpoint
 
 FUSING_METHODS = ("fuse", "fuse_convs", "reparameterize", "switch_to_deploy", "convert_to_deploy", "deploy")
 

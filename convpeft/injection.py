@@ -152,7 +152,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
     modules = _unique(root)
     before = _Before(root, state, modules)
     if state is None:
-        if before.swapped:
+        if before.lean:
             raise StateError(
                 f"this {hosting.base_class(root).__name__} is part of a model that has adapters already, or a copy of such "
                 "a part. Inject into that model, with patterns for this part, or eject its adapters first."
@@ -215,7 +215,8 @@ class _Before:
         self.active = () if state is None else state.active
         self.trained = () if state is None else state.trained
         self.requires_grad = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
-        self.swapped = {id(module) for _, module in modules if hosting.slots_of(module) is not None}
+        slots = {id(module): hosting.slots_of(module) for _, module in modules}
+        self.lean = {key: each.lean for key, each in slots.items() if each is not None}
 
     def return_to(self, root: nn.Module, name: str) -> None:
         state = find_state(root)
@@ -227,7 +228,9 @@ class _Before:
             if slots is None:
                 continue
             _take_out(module, name)
-            if id(module) not in self.swapped:
+            if id(module) in self.lean:
+                slots.lean = self.lean[id(module)]
+            else:
                 hosting.restore(module)
                 if state is not None and key in state.swapped:
                     state.swapped.remove(key)

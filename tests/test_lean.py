@@ -321,6 +321,14 @@ def test_off_means_that_no_other_layer_is_touched():
     assert type(model.body) is nn.Conv2d
 
 
+def test_a_failed_inject_leaves_it_on(monkeypatch):
+    model = adapted(LATE)
+    monkeypatch.setattr("convpeft.injection._train_only_active", lambda root, state: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convpeft.inject(model, LATE, name="second", lean=False)
+    assert all(module.convpeft.lean for module in model.modules() if "convpeft" in module._modules)
+
+
 def test_hooks_on_a_frozen_layer_fire():
     model, seen = adapted(LORA), []
     model.body.register_forward_hook(lambda module, args, output: seen.append("forward"))
