@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .geometry import ConvGeometry
-from .low_rank import Conv, Factors, add_pointwise, detour, factor_gradients, product
+from .low_rank import Conv, Factors, add_pointwise, detour, factor_gradients, whole_kernel
 from .recomputing import Origin, origin_of
 
 _compiling: Any = getattr(torch.compiler, "is_compiling", None) or getattr(torch._utils, "is_compiling", lambda: False)
@@ -55,7 +55,7 @@ def convolve(layer: Any, x: Any, factors: Factors | None, lean: bool) -> Tensor 
         layer: zero-padded, with a plain weight; any other gives None.
         x: ``(N, in, H, W)``; anything else gives None.
         factors: of the updates beside it, or None.
-        lean: keep for backward only what is needed, where the layer is frozen.
+        lean: keep no input of a frozen layer that is not needed or can be made again.
     """
     own = layer._parameters  # what is computed by a hook or a parametrisation is not among them
     if (
@@ -73,16 +73,22 @@ def convolve(layer: Any, x: Any, factors: Factors | None, lean: bool) -> Tensor 
         return None
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     trains = torch.is_grad_enabled() and (x.requires_grad or (factors is not None and factors.require_grad()))
-    lean = lean and frozen and trains and is_eager()
-    if factors is None and not lean:
+    eager = is_eager()
+    own_node = frozen and trains and eager and (lean or factors is not None)
+    if factors is None and not own_node:
         return None
     x = x if dtype is None else x.to(dtype)
     down, up, form = None, None, "separate"
     if factors is not None:
         down, up, form = factors.down.to(x.dtype), factors.up.to(x.dtype), factors.form_for(x, weight, layer.training)
-    if not lean:
+        if (
+            form == "summed" and layer.training and not eager
+        ):  # torch's own backward would want the whole kernel's gradient
+            form = "separate"
+    if not own_node:
         return _forward(x, weight, bias, down, up, conv, form)[0]
-    return _Convolution.apply(x, weight, bias, down, up, _How(conv, form, None if down is None else origin_of(x)))
+    origin = origin_of(x) if lean and down is not None else None
+    return _Convolution.apply(x, weight, bias, down, up, _How(conv, form, origin))
 
 
 def convolve_trained(geometry: ConvGeometry, x: Tensor, weight: Tensor) -> Tensor:
@@ -135,8 +141,8 @@ def _forward(
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if down is None or up is None:
         return F.conv2d(x, weight, bias, *conv), None
-    if form == "weight":
-        return F.conv2d(x, weight + product(down, up, conv.groups), bias, *conv), None
+    if form != "separate":
+        return F.conv2d(x, whole_kernel(weight, down, up, conv.groups), bias, *conv), None
     output, hidden = F.conv2d(x, weight, bias, *conv), detour(x, down, conv)
     return add_pointwise(output, hidden, up, conv.groups), hidden
 
@@ -189,7 +195,7 @@ def _differentiable(
     conv = ctx.how.conv
     if x is None:
         return conv.input_gradient(grad, ctx.blank.tensor(grad), weight.to(grad.dtype)), *(None,) * 5
-    output = F.conv2d(x, weight.to(x.dtype) + product(down, up, conv.groups), None, *conv)
+    output = F.conv2d(x, whole_kernel(weight.to(x.dtype), down, up, conv.groups), None, *conv)
     wanted = [tensor for tensor, needed in ((x, ctx.needs_input_grad[0]), (down, True), (up, True)) if needed]
     *dx, d_down, d_up = torch.autograd.grad(output, wanted, grad, create_graph=True)
     return dx[0] if dx else None, None, None, d_down, d_up, None

@@ -11,10 +11,11 @@ from torch import Tensor
 from .geometry import ConvGeometry
 from .kernels import compose_pointwise
 
-Form = Literal["separate", "weight"]
+Form = Literal["separate", "summed", "weight"]
 Pair = tuple[int, int]
 _LANES = 16  # channels that kernels work on at a time: fewer cost as much
 _SMALL = 1.5  # how much dearer a multiply-accumulate of a small convolution is, measured (docs/decisions/0011)
+_MANY = 2  # pixels for each output channel from which on a sum of kernels is cheaper than a sum of maps, measured
 
 
 class Conv(NamedTuple):
@@ -81,14 +82,16 @@ class Factors(NamedTuple):
     def form_for(self, x: Tensor, weight: Tensor, training: bool) -> Form:
         """Return the form for this input, the same with gradients and without, so that the bits are the same.
 
-        Half precision would round a small update away in the sum with the weight, so it stays apart there. In eval mode
-        the sum of two kernels is cheaper than two more convolutions, unless there are few pixels.
+        Half precision would round a small update away in the sum with the weight, so it stays apart there, and where there
+        are few pixels the sum is the dearer one. In eval mode nobody's choice counts but the cost.
         """
         if x.dtype not in (torch.float32, torch.float64):
             return "separate"
-        if training:
+        if training and self.form != "summed":
             return self.form
-        return "weight" if x.shape[0] * x.shape[2] * x.shape[3] >= weight.shape[0] else "separate"
+        if x.shape[0] * x.shape[2] * x.shape[3] < _MANY * weight.shape[0]:
+            return "separate"
+        return "weight" if self.form == "weight" else "summed"
 
 
 def together(factors: list[Factors]) -> Factors:
@@ -101,21 +104,28 @@ def together(factors: list[Factors]) -> Factors:
 
 
 def cheapest(host: ConvGeometry, rank: int) -> Form:
-    """Return the form that costs a training step less.
+    """Return the form that costs a training step less on a large map.
 
     Counted in multiply-accumulates for one output position, beyond what the frozen layer costs anyway. ``weight`` needs the
-    gradient of a whole kernel, once; ``separate`` runs both factors forward, and back twice, where a rank below the
-    number of lanes costs as much as that number.
+    gradient of a whole kernel, once; ``summed`` runs both factors twice, where a rank below the number of lanes costs as
+    much as that number.
     """
     taps = host.in_per_group * host.kernel_size[0] * host.kernel_size[1]
     lanes = -(-rank // _LANES) * _LANES
-    separate = 3 * lanes * (taps + host.out_per_group)
-    return "weight" if host.out_channels * taps <= _SMALL * separate else "separate"
+    factors = 2 * lanes * (taps + host.out_per_group)
+    return "weight" if host.out_channels * taps <= _SMALL * factors else "summed"
 
 
 def product(down: Tensor, up: Tensor, groups: int) -> Tensor:
     """Return the one kernel of both factors."""
     return compose_pointwise(up, down, groups)
+
+
+def whole_kernel(weight: Tensor, down: Tensor, up: Tensor, groups: int) -> Tensor:
+    """Return the layer's kernel with the product of both factors added, in one pass over it where that can be."""
+    if groups > 1 or not weight.is_contiguous():
+        return weight + product(down, up, groups)
+    return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1)).view(weight.shape)
 
 
 def add_pointwise(output: Tensor, hidden: Tensor, up: Tensor, groups: int) -> Tensor:
@@ -148,16 +158,18 @@ def factor_gradients(
     """Return the gradients of the input, of A and of B."""
     if form == "weight":
         return _through_weight(grad, x, weight, down, up, conv, needs_input)
+    if form == "summed":
+        return _through_factors(grad, x, weight, down, up, conv, needs_input)
     assert hidden is not None
     d_hidden, d_up = _pointwise_gradients(grad, hidden, up, _POINTWISE._replace(groups=conv.groups))
-    dx = conv.input_gradient(grad, x, weight) if needs_input else None
-    if _is_matrix_product(conv, d_hidden, x, down) and (dx is None or dx.is_contiguous()):
-        if dx is not None:
-            dx.view(*dx.shape[:2], -1).baddbmm_(_over_batch(down.flatten(1).t(), dx.shape[0]), d_hidden.flatten(2))
-        d_down = torch.bmm(d_hidden.flatten(2), x.flatten(2).transpose(1, 2)).sum(0)
-        return dx, d_down.view(down.shape), d_up
-    d_detour, d_down = conv.backward(d_hidden, x, down, (needs_input, True))
-    return None if dx is None else dx.add_(d_detour), d_down, d_up
+    if not needs_input:
+        return None, _down_gradient(d_hidden, x, down, conv), d_up
+    dx = conv.input_gradient(grad, x, weight)
+    if _is_matrix_product(conv, d_hidden, x, down) and dx.is_contiguous():
+        dx.view(*dx.shape[:2], -1).baddbmm_(_over_batch(down.flatten(1).t(), dx.shape[0]), d_hidden.flatten(2))
+        return dx, _down_gradient(d_hidden, x, down, conv), d_up
+    d_detour, d_down = conv.backward(d_hidden, x, down, (True, True))
+    return dx.add_(d_detour), d_down, d_up
 
 
 def detour(x: Tensor, down: Tensor, conv: Conv) -> Tensor:
@@ -183,11 +195,27 @@ def _pointwise_gradients(grad: Tensor, hidden: Tensor, up: Tensor, conv: Conv) -
     return d_hidden, d_up.view(up.shape)
 
 
+def _down_gradient(d_hidden: Tensor, x: Tensor, down: Tensor, conv: Conv) -> Tensor:
+    if not _is_matrix_product(conv, d_hidden, x, down):
+        return conv.backward(d_hidden, x, down, (False, True))[1]  # type: ignore[no-any-return]
+    return torch.bmm(d_hidden.flatten(2), x.flatten(2).transpose(1, 2)).sum(0).view(down.shape)
+
+
+def _through_factors(
+    grad: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, conv: Conv, needs_input: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the gradients where the forward pass took the sum of kernels: the input's by that sum, A's and B's by the other."""
+    d_hidden, d_up = _pointwise_gradients(grad, detour(x, down, conv), up, _POINTWISE._replace(groups=conv.groups))
+    d_down = _down_gradient(d_hidden, x, down, conv)
+    dx = conv.input_gradient(grad, x, whole_kernel(weight, down, up, conv.groups)) if needs_input else None
+    return dx, d_down, d_up
+
+
 def _through_weight(
     grad: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, conv: Conv, needs_input: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients by way of the whole kernel's: ``dA = B' dW``, ``dB = dW A'``."""
-    dx, d_weight = conv.backward(grad, x, weight + product(down, up, conv.groups), (needs_input, True))
+    dx, d_weight = conv.backward(grad, x, whole_kernel(weight, down, up, conv.groups), (needs_input, True))
     per_group = (conv.groups, -1)
     d_kernel = d_weight.flatten(1).unflatten(0, per_group)
     left, right = up.flatten(1).unflatten(0, per_group), down.flatten(1).unflatten(0, per_group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from convpeft.recomputing import origin_of
 
 from .cases import assert_relative, bits, randomised, same_bits
 
-FORMS = ("separate", "weight")
+FORMS = ("separate", "summed", "weight")
 SEES_HOOKS = pytest.mark.skipif(
     recomputing._HOOKS is None,
     reason="this torch does not say whether hooks for saved tensors are set, so inputs are kept",
@@ -82,9 +83,10 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def kept(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Return what autograd keeps for backward, each storage once, parameters and buffers left out."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+def kept(model: Callable[[Tensor], Tensor], x: Tensor, known: Iterable[Tensor] = ()) -> list[Tensor]:
+    """Return what autograd keeps for backward, each storage once; parameters, buffers and what is known left out."""
+    own = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*own, *known)}
     found: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -121,6 +123,26 @@ def test_a_convolution_with_factors_has_the_gradients_of_the_plain_one(settings,
     assert torch.autograd.gradcheck(run, (x, *factors[:2]))
     assert torch.autograd.gradgradcheck(run, (x, *factors[:2]))
     assert torch.autograd.gradcheck(run, (x.detach(), *factors[:2]))
+
+
+@pytest.mark.parametrize(("pixels", "expected"), [(15, "separate"), (16, "summed")])
+def test_kernels_are_summed_from_two_pixels_for_each_output_channel_on(pixels, expected):
+    layer = nn.Conv2d(4, 8, 1).double().requires_grad_(False)
+    factors, x = factors_for(layer, "summed"), torch.randn(1, 4, 1, pixels, dtype=torch.float64)
+    assert [factors.form_for(x, layer.weight, training) for training in (True, False)] == [expected] * 2
+    assert factors.form_for(x.bfloat16(), layer.weight, True) == "separate"
+    apart = torch.equal(
+        lean.convolve(layer, x, factors, True), lean.convolve(layer, x, factors._replace(form="separate"), True)
+    )
+    assert apart == (expected == "separate")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_only_apart_a_map_between_the_factors_is_kept(form):
+    layer = nn.Conv2d(4, 8, 3).double().requires_grad_(False)
+    x = torch.randn(1, 4, 9, 9, dtype=torch.float64, requires_grad=True)
+    found = kept(lambda x: lean.convolve(layer, x, factors_for(layer, form), True), x, layer.parameters())
+    assert any(tensor.shape == (1, 2, 7, 7) for tensor in found) == (form == "separate")
 
 
 @pytest.mark.parametrize("settings", LAYERS.values(), ids=LAYERS)

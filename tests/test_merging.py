@@ -92,7 +92,7 @@ def test_a_7x7_beside_a_1x1_becomes_a_chain_and_not_a_49_times_dearer_kernel():
     plan = convpeft.plan_merge(model)
     (row,) = plan.rows
     assert (row.form, row.macs_before, row.macs_single) == ("factored", 32 * 32, 49 * 32 * 32)
-    assert row.macs_after == 32 * 32 + 32 * 4 + 2 * 4 * 49 + 2 * 4 * 32
+    assert row.macs_after == 32 * 32 + 32 * 2 * 4 + 2 * 4 * 49 + 2 * 4 * 32
     assert "one kernel (32→32 7×7) would cost more" in str(plan)
     assert convpeft.merge(model).layer.kernel_size == (1, 1)
     assert convpeft.merge(model, form="single").layer.kernel_size == (7, 7)

@@ -34,8 +34,9 @@ class LoraOptions(AdapterOptions):
         rslora: scale by ``alpha / sqrt(rank)`` instead.
         pointwise: A looks at the centre pixel only (1x1) instead of the layer's whole kernel.
         dora: learn the magnitude of the layer's weight apart from its direction (parallel only).
-        evaluate: in training, keep A and B ``separate`` from the layer's kernel, or add their product to its ``weight`` and
-            convolve once; ``auto`` takes what costs less. The values agree but for rounding.
+        evaluate: in training, keep A and B ``separate`` from the layer's kernel, or add their product to it and convolve
+            once; then their gradients go by way of A's own output (``summed``) or of the whole kernel's gradient
+            (``weight``). ``auto`` takes what costs less. The values agree but for rounding.
         detach_norm: with ``dora``, take the norm for a constant in the backward pass, as the paper proposes.
     """
 
@@ -46,7 +47,7 @@ class LoraOptions(AdapterOptions):
     pointwise: bool = False
     dora: bool = False
     detach_norm: bool = True
-    evaluate: Literal["auto", "separate", "weight"] = "auto"
+    evaluate: Literal["auto", "separate", "summed", "weight"] = "auto"
 
     def problems(self) -> Iterator[str]:
         """Yield what is out of range."""

@@ -110,10 +110,13 @@ class RepMona(Adapter):
         return self.together.convolve(hidden, kernel)
 
     def chain(self) -> Chain:
-        """Return D, one depthwise convolution that makes ``(sum_k DW_k, centre)`` of each channel, and U with M in it."""
+        """Return D with every row twice, a depthwise convolution by ``sum_k DW_k`` and ``centre`` in turn, and U with M in it.
+
+        Twice the rows are cheaper than two filters for each channel, for which kernels of depthwise convolutions do not serve.
+        """
         grid = self.site.geometry
         size = grid.covering(*((k, k) for k in self.options.kernel_sizes)).kernel_size
-        rank = self.down_geometry.out_channels
+        width = 2 * self.down_geometry.out_channels
         kernels = [branch.kernel() for branch in self.branches]
         placed = reduce(torch.add, [self._place(weight, size) for weight, _ in kernels])
         bias = reduce(torch.add, [bias for _, bias in kernels])
@@ -124,11 +127,13 @@ class RepMona(Adapter):
         up = exact(self.up)
         mixed = compose_pointwise(up, exact(self.mix), groups)
         factor = torch.stack([mixed, up], 2).flatten(1, 2) * exact(self.scale)
-        inner = grid.with_channels(rank, 2 * rank, groups=rank).resized(size)
+        inner = grid.with_channels(width, width, groups=width).resized(size)
         return (
-            ConvKernel(exact(self.down), None, self.down_geometry),
+            ConvKernel(
+                exact(self.down).repeat_interleave(2, 0), None, grid.pointwise(grid.in_channels, width, grid.groups)
+            ),
             ConvKernel(depthwise, depthwise_bias if self.options.branch_norm else None, inner),
-            ConvKernel(factor, None, grid.pointwise(2 * rank, grid.out_channels, groups)),
+            ConvKernel(factor, None, grid.pointwise(width, grid.out_channels, groups)),
         )
 
     def _place(self, kernel: Tensor, size: tuple[int, int]) -> Tensor:
