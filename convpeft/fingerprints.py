@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from . import hosting
 
 ALGORITHM = "blake2b-128"
 _COUNTERS = ("num_batches_tracked",)  # how often a norm was updated changes no output
+_THREADS = min(8, os.cpu_count() or 1)
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -35,14 +38,21 @@ def fingerprint(root: nn.Module) -> dict[str, str]:
 
     The base's own values count, also where an adapter shows its own at the moment; counters of norm updates do not.
     """
-    found: dict[str, str] = {}
+    counted: dict[str, list[tuple[str, Tensor]]] = {}
     seen: set[int] = set()
     for name, module in hosting.base_modules(root):
         if id(module) in seen:
             continue
         seen.add(id(module))
         tensors = hosting.shown_tensors(module, hosting.BASE)
-        counted = [(key, tensor) for key, tensor in tensors.items() if key not in _COUNTERS]
-        if counted:
-            found[name] = digest(counted)
-    return found
+        own = [(key, tensor) for key, tensor in tensors.items() if key not in _COUNTERS]
+        if own:
+            counted[name] = own
+    if not all(_is_at_hand(tensor) for own in counted.values() for _, tensor in own):
+        return {name: digest(own) for name, own in counted.items()}  # one after the other: they are gathered or fetched
+    with ThreadPoolExecutor(_THREADS) as pool:  # hashing lets go of Python's lock
+        return dict(zip(counted, pool.map(digest, counted.values()), strict=True))
+
+
+def _is_at_hand(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not hasattr(tensor, "full_tensor")

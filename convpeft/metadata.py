@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapters.base import _fits as fits
+from .adapters.base import fits, hints_of
 from .errors import AdapterFileError, SpecError
 from .fingerprints import ALGORITHM
 from .geometry import LATER_FIELDS, ConvGeometry, output_geometry
@@ -111,7 +111,7 @@ def _problems(data: dict[str, Any], elements: int) -> Iterator[str]:
 
 
 def _layer_problems(layer: Any, most: int) -> Iterator[str]:
-    hints = typing.get_type_hints(LayerRecord)
+    hints = hints_of(LayerRecord)
     if not isinstance(layer, dict) or set(layer) != set(hints):
         yield "it is no layer record"
         return
@@ -129,7 +129,7 @@ def _layer_problems(layer: Any, most: int) -> Iterator[str]:
 
 
 def _geometry_problems(fields: Any, place: str) -> Iterator[str]:
-    hints = typing.get_type_hints(ConvGeometry)
+    hints = hints_of(ConvGeometry)
     if not isinstance(fields, dict) or set(fields) | set(LATER_FIELDS) != set(hints):
         yield "its geometry is no geometry record"
         return

@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from .adapters.base import Adapter, Site, read_options
 from .choosing import bypassed
 from .errors import AdapterFileError, BaseMismatch, ConvPeftError, StateError, shortened
 from .exchanging import check_held
+from .filling import furnish, furnished_drawer, source_of
 from .fingerprints import ALGORITHM, digest, fingerprint, plain
 from .geometry import PLAIN_HOSTS, ConvGeometry
-from .injection import Built, _check_name, copied_base, install
+from .injection import Built, _check_name, install
 from .metadata import FORMAT, VERSION, AdapterFile, parse, seal
 from .probing import known_channels, probe_outputs
 from .registry import adapter_class
@@ -136,12 +138,9 @@ def load_adapter(
     _check_layers(root, file, path, probing=any_base)
     if not any_base:
         _check_base(root, file, path)
-    drafts = _adapters(root, file, path, torch.device("meta"))
+    drafts = {key: _adapter(root, file, key, path, torch.device("meta")) for key in file.layers}
     _check_shapes(root, file, drafts, path)
-    tensors = _read(path, file)
-    with torch.random.fork_rng(devices=[]):
-        built = Built(_adapters(root, file, path, None), copied_base(root, file.owned))
-    _fill(built, tensors, path, keep_dtype=not any_base)
+    built = _built(root, file, drafts, path, keep_dtype=not any_base)
     install(root, name, AdapterRecord(file.spec, file.layers, file.owned, file.norm), built, lean=lean)
     return file
 
@@ -246,33 +245,44 @@ def _check_base(root: nn.Module, file: AdapterFile, path: Path) -> None:
         )
 
 
-def _adapters(root: nn.Module, file: AdapterFile, path: Path, device: torch.device | None) -> dict[str, Adapter]:
-    """Make the file's adapters: on the meta device to learn their shapes without memory, then (None) on the hosts' own."""
-    adapters: dict[str, Adapter] = {}
-    for key, record in file.layers.items():
-        where = f"{path}: layer {key}"
-        try:
-            kind = adapter_class(record.kind)
-            if record.place not in kind.places:
-                raise AdapterFileError(f"kind {record.kind!r} has no place {record.place!r}")
-            host = module_at(root, key)
-            if record.place == "parallel" and not isinstance(host, kind.hosts):
-                raise AdapterFileError(f"kind {record.kind!r} serves no {hosting.base_class(host).__name__}")
-            options, problems = read_options(kind, record.options)
-            if problems:
-                raise problems[0]
-            site = Site(record.place, ConvGeometry.from_dict(record.geometry))  # type: ignore[arg-type]
-            assert options is not None
-            refusal = kind.refuses(site, options)
-            if refusal:
-                raise AdapterFileError(refusal)
-            host_device, dtype = hosting.device_and_dtype([host, root])
-            with torch.device(device or host_device):
-                adapter = kind(site, options)
-        except Exception as error:  # a kind from outside may raise anything
-            raise AdapterFileError(f"{where}: {error}") from error
-        adapters[key] = adapter.to(dtype=dtype).train(hosting.wants_training(host))
-    return adapters
+def _adapter(root: nn.Module, file: AdapterFile, key: str, path: Path, device: torch.device) -> Adapter:
+    """Make one of the file's adapters; on the meta device to learn its shapes without memory."""
+    record, host = file.layers[key], module_at(root, key)
+    try:
+        kind = adapter_class(record.kind)
+        if record.place not in kind.places:
+            raise AdapterFileError(f"kind {record.kind!r} has no place {record.place!r}")
+        if record.place == "parallel" and not isinstance(host, kind.hosts):
+            raise AdapterFileError(f"kind {record.kind!r} serves no {hosting.base_class(host).__name__}")
+        options, problems = read_options(kind, record.options)
+        if problems:
+            raise problems[0]
+        site = Site(record.place, ConvGeometry.from_dict(record.geometry))  # type: ignore[arg-type]
+        assert options is not None
+        refusal = kind.refuses(site, options)
+        if refusal:
+            raise AdapterFileError(refusal)
+        with torch.device(device):
+            adapter = kind(site, options)
+    except Exception as error:  # a kind from outside may raise anything
+        raise AdapterFileError(f"{path}: layer {key}: {error}") from error
+    _, dtype = hosting.device_and_dtype([host, root])
+    return adapter.to(dtype=dtype).train(hosting.wants_training(host))
+
+
+def _built(root: nn.Module, file: AdapterFile, drafts: dict[str, Adapter], path: Path, *, keep_dtype: bool) -> Built:
+    """Return what is to be installed, with the file's tensors: in their dtype on the very base, else in that of the model."""
+    tensors, adapters, drawers = _read(path, file), {}, {}
+    with torch.random.fork_rng(devices=[]):
+        for key, draft in drafts.items():
+            device, _ = hosting.device_and_dtype([module_at(root, key), root])
+            source = source_of(tensors, _key(_ADAPTER, key, ""), str(path), keep_dtype=keep_dtype)
+            adapters[key] = furnish(draft, partial(_adapter, root, file, key, path, device), source, device)
+    copies: dict[int, Tensor] = {}
+    for key in file.owned:
+        source = source_of(tensors, _key(_OWN, key, ""), str(path), keep_dtype=keep_dtype)
+        drawers[key] = furnished_drawer(hosting.shown_tensors(module_at(root, key), hosting.BASE), source, copies)
+    return Built(adapters, drawers)
 
 
 _DTYPES = {
@@ -315,22 +325,3 @@ def _read(path: Path, file: AdapterFile) -> dict[str, Tensor]:
             f"{path}: its tensors are not the ones that were saved (digest differs); the model is unchanged"
         )
     return tensors
-
-
-def _fill(built: Built, tensors: dict[str, Tensor], path: Path, keep_dtype: bool) -> None:
-    """Write a file's tensors into built parts: in the dtype of the file on the very base, else in that of the model."""
-    targets: dict[str, Tensor] = {}
-    for layer, adapter in built.adapters.items():
-        targets.update({_key(_ADAPTER, layer, key): t for key, t in adapter.state_dict(keep_vars=True).items()})
-    for layer, drawer in built.drawers.items():
-        own = {**drawer._parameters, **drawer._buffers}
-        targets.update({_key(_OWN, layer, key): tensor for key, tensor in own.items() if tensor is not None})
-    for key, target in targets.items():
-        source = tensors[key]
-        if keep_dtype and target.dtype != source.dtype:
-            target.data = source.to(target.device)
-            continue
-        with torch.no_grad():
-            target.copy_(source)
-        if target.dtype != source.dtype and not torch.equal(target.isfinite().cpu(), source.isfinite()):
-            raise AdapterFileError(f"{path}: {key} overflows {target.dtype}; the model is unchanged")

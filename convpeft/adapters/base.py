@@ -173,7 +173,7 @@ def read_options(adapter: type[Adapter], raw: dict[str, Any]) -> tuple[AdapterOp
         raw: the rule's options as a spec file gives them; lists stand for tuples.
     """
     known = {field.name: field for field in fields(adapter.Options)}
-    hints = _hints(adapter.Options)  # type: ignore[arg-type]
+    hints = hints_of(adapter.Options)  # type: ignore[arg-type]
     problems: list[OptionError] = []
     values: dict[str, Any] = {}
     for key, value in raw.items():
@@ -187,7 +187,7 @@ def read_options(adapter: type[Adapter], raw: dict[str, Any]) -> tuple[AdapterOp
             )
             continue
         given: Any = tuple(value) if isinstance(value, list) else value
-        if not _fits(given, hints[key]):
+        if not fits(given, hints[key]):
             problems.append(OptionError(f"{key} of kind {adapter.kind!r} must be {_say(hints[key])}, not {given!r}"))
             continue
         values[key] = float(given) if hints[key] is float else given
@@ -201,22 +201,24 @@ def read_options(adapter: type[Adapter], raw: dict[str, Any]) -> tuple[AdapterOp
 
 
 @cache
-def _hints(options: Any) -> dict[str, Any]:
-    return typing.get_type_hints(options)
+def hints_of(kind: Any) -> dict[str, Any]:
+    """Return the annotations of a dataclass as types."""
+    return typing.get_type_hints(kind)
 
 
 def _required(field: Any) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Return whether a value read from a file is of an annotated type; a whole number is a float too, a bool is no number."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in arguments
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
+        return any(fits(value, argument) for argument in arguments)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+        return isinstance(value, tuple) and all(fits(item, arguments[0]) for item in value)
     if hint is float:
         return (
             isinstance(value, (int, float))
