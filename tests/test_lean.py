@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import convpeft
 from convpeft import lean, recomputing
+from convpeft.adapters import RepMona
 from convpeft.low_rank import Factors
 from convpeft.recomputing import origin_of
 
@@ -190,18 +191,21 @@ def test_values_and_gradients_do_not_depend_on_lean(act, training):
         assert_relative(gradient, expected[name])
 
 
-def test_rep_mona_in_one_pass_is_the_sum_of_its_branches():
+@pytest.mark.parametrize(("rank", "form"), [(4, "one kernel"), (16, "one kernel"), (17, "one pass")])
+def test_rep_mona_in_one_kernel_or_one_pass_is_the_sum_of_its_branches(rank, form):
     model = net()
-    convpeft.inject(model, {"rules": [{"match": "**", "kind": "rep_mona", "rank": 4}]})
+    convpeft.inject(model, {"rules": [{"match": "**", "kind": "rep_mona", "rank": rank}]})
     randomised(model)
     first, found = model(images()), gradients(model, images())
-    for module in model.modules():
-        if hasattr(module, "together"):
-            assert module.together is not None
-            module.together = None
-    assert_relative(model(images()), first)
-    for name, gradient in gradients(model, images()).items():
-        assert_relative(gradient, found[name])
+    adapters = [module for module in model.modules() if isinstance(module, RepMona)]
+    assert {adapter.form for adapter in adapters if adapter.site.geometry.groups == 1} == {form}
+    assert {adapter.form for adapter in adapters if adapter.site.geometry.groups > 1} == {"one pass"}
+    for apart in ("dense", "together"):
+        for adapter in adapters:
+            setattr(adapter, apart, None)
+        assert_relative(model(images()), first)
+        for name, gradient in gradients(model, images()).items():
+            assert_relative(gradient, found[name])
 
 
 def test_nothing_is_kept_upstream_of_the_first_adapter():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -19,6 +19,8 @@ from ..lean import convolve_trained
 from ..registry import register_adapter
 from .base import Adapter, AdapterOptions, Site, exact, odd_kernels, positive, probability
 from .branches import Branch, shared_rank
+
+_DENSE = 16  # up to this width one dense convolution takes less time than a depthwise and a 1x1 one, measured
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class RepMona(Adapter):
         largest = inner.covering(*((k, k) for k in options.kernel_sizes))
         alike = largest.kernel_size == (max(options.kernel_sizes),) * 2 and not host.shift_when_grown()
         self.together = largest if alike and not options.branch_norm else None
-        self.form = "one pass" if self.together is not None else "branches"
+        is_small = self.together is not None and groups == 1 and rank <= _DENSE
+        self.dense = replace(largest, groups=1) if is_small else None
+        self.form = "one kernel" if is_small else "one pass" if self.together is not None else "branches"
         self.mix = nn.Parameter(torch.empty(self.mix_geometry.weight_shape()))
         self.up = nn.Parameter(torch.zeros(self.up_geometry.weight_shape()))
         self.scale = nn.Parameter(torch.full((1,), options.scale))
@@ -98,16 +102,22 @@ class RepMona(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         """Return the update, shaped like the host's output."""
         hidden = convolve_trained(self.down_geometry, self.dropout(x), self.down)
-        mixed = self.mix_geometry.convolve(self._scales(hidden), self.mix)
-        return self.up_geometry.convolve(mixed + self.centre.sample(hidden), self.up * self.scale)
+        return self.up_geometry.convolve(self._mixed(hidden), self.up * self.scale)
 
-    def _scales(self, hidden: Tensor) -> Tensor:
-        """Return the sum of the branches: one pass with the sum of their kernels where no norm is in between."""
+    def _mixed(self, hidden: Tensor) -> Tensor:
+        """Return ``M(sum_k DW_k h) + h``: with one kernel, or one pass for all branches, where no norm is in between."""
         traced = hidden.__class__ is not Tensor or torch.jit.is_tracing()  # which cannot tell a computed kernel's size
         if self.together is None or traced:
-            return reduce(torch.add, [branch(hidden) for branch in self.branches])
-        kernel = reduce(torch.add, [self._place(branch.weight, self.together.kernel_size) for branch in self.branches])
-        return self.together.convolve(hidden, kernel)
+            scales = reduce(torch.add, [branch(hidden) for branch in self.branches])
+            return self.mix_geometry.convolve(scales, self.mix) + self.centre.sample(hidden)
+        size = self.together.kernel_size
+        kernel = reduce(torch.add, [self._place(branch.weight, size) for branch in self.branches])
+        if self.dense is None:
+            return self.mix_geometry.convolve(self.together.convolve(hidden, kernel), self.mix) + self.centre.sample(
+                hidden
+            )
+        identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)[..., None, None]
+        return self.dense.convolve(hidden, self.mix * kernel.transpose(0, 1) + self._place(identity, size))
 
     def chain(self) -> Chain:
         """Return D with every row twice, a depthwise convolution by ``sum_k DW_k`` and ``centre`` in turn, and U with M in it.
