@@ -116,7 +116,7 @@ class RepMona(Adapter):
             return self.mix_geometry.convolve(self.together.convolve(hidden, kernel), self.mix) + self.centre.sample(
                 hidden
             )
-        identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)[..., None, None]
+        identity = torch.eye(len(kernel), device=kernel.device).to(kernel.dtype)[..., None, None]
         return self.dense.convolve(hidden, self.mix * kernel.transpose(0, 1) + self._place(identity, size))
 
     def chain(self) -> Chain:
