@@ -330,6 +330,10 @@ def _exact_copy(module: nn.Module) -> nn.Module:
     return copied(module).to(device="cpu", dtype=torch.float64).eval()
 
 
+def _exact_copies(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    return [_exact_copy(module) for module in modules]
+
+
 def probe(job: Job, merged: Merged) -> tuple[nn.Module | None, list[nn.Sequential]]:
     """Build the merged parts in float64 and run them against the adapted layer on random inputs.
 
@@ -341,8 +345,7 @@ def probe(job: Job, merged: Merged) -> tuple[nn.Module | None, list[nn.Sequentia
     """
     chains = [plain_chain(chain, job.target) for chain in merged.chains]
     layer = None if merged.kernel is None else merged_layer(job.target, merged.kernel)
-    adapters = [_exact_copy(adapter) for adapter in job.adapters]
-    reference, candidate = _runs(job, merged, layer, chains, adapters)
+    reference, candidate = _runs(job, merged, layer, chains)
     geometry = ConvGeometry.of(job.target) if merged.beside else job.adapters[0].site.geometry
     generator = torch.Generator().manual_seed(0)
     smallest = _probe_size(geometry, merged)
@@ -368,18 +371,24 @@ def _compare(reference: Callable[[Tensor], Tensor], candidate: Callable[[Tensor]
 
 
 def _runs(
-    job: Job, merged: Merged, layer: nn.Module | None, chains: Sequence[nn.Module], adapters: Sequence[nn.Module]
+    job: Job, merged: Merged, layer: nn.Module | None, chains: Sequence[nn.Module]
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Return two functions of the same input: the layer as adapted, and as merged."""
     if layer is None and not merged.beside:  # on a block's output: the block is the same in both, so only what is added
-        return lambda z: _added(torch.zeros_like(z), adapters, z), lambda z: _added(torch.zeros_like(z), chains, z)
-    own = plain_copy(job.target)
-    adapted = _exact_copy(job.layer) if job.target is job.layer else lambda x: _added(own(x), adapters)
+        parts = _exact_copies(job.adapters)
+        return lambda z: _added(torch.zeros_like(z), parts, z), lambda z: _added(torch.zeros_like(z), chains, z)
+    adapted = _exact_copy(job.layer) if job.target is job.layer else _last_step(job)
     if layer is not None:
         return adapted, layer
     bare = plain_copy(job.target)
     bare.bias = None  # type: ignore[assignment]
     return adapted, lambda x: _added(bare(x), chains, x)
+
+
+def _last_step(job: Job) -> Callable[[Tensor], Tensor]:
+    """Return what the last step of an adapted block makes of its input, adapters on the block's output included."""
+    own, adapters = plain_copy(job.target), _exact_copies(job.adapters)
+    return lambda x: _added(own(x), adapters)
 
 
 def _added(output: Tensor, parts: Sequence[nn.Module], x: Tensor | None = None) -> Tensor:
