@@ -173,17 +173,17 @@ class _Convolution(torch.autograd.Function):
         """Return the gradients of the input and of both factors."""
         if grad is None:
             return (None,) * 6
-        x, weight, bias, down, up, hidden = ctx.saved_tensors
+        kept, weight, bias, down, up, hidden = ctx.saved_tensors
         how: _How = ctx.how
-        if x is not None and how.origin is not None:
-            x = how.origin.remake(x)
+        remake = None if how.origin is None else how.origin.remake
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted: torch's own operations have one
+            x = kept if kept is None or remake is None else remake(kept)
             return _differentiable(ctx, x, weight, bias, down, up, grad)
         weight = weight.to(grad.dtype)
         if down is None:
             return how.conv.input_gradient(grad, ctx.blank.tensor(grad), weight), *(None,) * 5
         dx, d_down, d_up = factor_gradients(
-            grad, x, weight, down, up, hidden, how.conv, how.form, needs_input=ctx.needs_input_grad[0]
+            grad, kept, remake, weight, down, up, hidden, how.conv, how.form, needs_input=ctx.needs_input_grad[0]
         )
         return dx, None, None, d_down, d_up, None
 

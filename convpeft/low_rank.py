@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -145,7 +146,8 @@ def add_pointwise(output: Tensor, hidden: Tensor, up: Tensor, groups: int) -> Te
 
 def factor_gradients(
     grad: Tensor,
-    x: Tensor,
+    kept: Tensor,
+    remake: Callable[[Tensor], Tensor] | None,
     weight: Tensor,
     down: Tensor,
     up: Tensor,
@@ -155,11 +157,12 @@ def factor_gradients(
     *,
     needs_input: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the gradients of the input, of A and of B."""
+    """Return the gradients of the input, of A and of B; the input is what ``remake``, if any, makes of the tensor kept."""
+    if form == "summed":
+        return _through_factors(grad, kept, remake, weight, down, up, conv, needs_input)
+    x = kept if remake is None else remake(kept)
     if form == "weight":
         return _through_weight(grad, x, weight, down, up, conv, needs_input)
-    if form == "summed":
-        return _through_factors(grad, x, weight, down, up, conv, needs_input)
     assert hidden is not None
     d_hidden, d_up = _pointwise_gradients(grad, hidden, up, _POINTWISE._replace(groups=conv.groups))
     if not needs_input:
@@ -202,13 +205,28 @@ def _down_gradient(d_hidden: Tensor, x: Tensor, down: Tensor, conv: Conv) -> Ten
 
 
 def _through_factors(
-    grad: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, conv: Conv, needs_input: bool
+    grad: Tensor,
+    kept: Tensor,
+    remake: Callable[[Tensor], Tensor] | None,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    conv: Conv,
+    needs_input: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the gradients where the forward pass took the sum of kernels: the input's by that sum, A's and B's by the other."""
-    d_hidden, d_up = _pointwise_gradients(grad, detour(x, down, conv), up, _POINTWISE._replace(groups=conv.groups))
-    d_down = _down_gradient(d_hidden, x, down, conv)
-    dx = conv.input_gradient(grad, x, whole_kernel(weight, down, up, conv.groups)) if needs_input else None
+    """Return the gradients where the forward pass took the sum of kernels: the input's by that sum, A's and B's by the other.
+
+    An input that was made again is let go of before its gradient, which then takes its place in memory.
+    """
+    d_down, d_up = _detour_gradients(grad, kept if remake is None else remake(kept), down, up, conv)
+    dx = conv.input_gradient(grad, kept, whole_kernel(weight, down, up, conv.groups)) if needs_input else None
     return dx, d_down, d_up
+
+
+def _detour_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
+    hidden = detour(x, down, conv)
+    d_hidden, d_up = _pointwise_gradients(grad, hidden, up, _POINTWISE._replace(groups=conv.groups))
+    return _down_gradient(d_hidden, x, down, conv), d_up
 
 
 def _through_weight(
