@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .geometry import ConvGeometry
-from .low_rank import Conv, Factors, add_pointwise, detour, factor_gradients, whole_kernel
+from .low_rank import Conv, Factors, add_pointwise, both_gradients, detour, factor_gradients, whole_kernel
 from .recomputing import Origin, origin_of
 
 _compiling: Any = getattr(torch.compiler, "is_compiling", None) or getattr(torch._utils, "is_compiling", lambda: False)
@@ -92,20 +92,23 @@ def convolve(layer: Any, x: Any, factors: Factors | None, lean: bool) -> Tensor 
 
 
 def convolve_trained(geometry: ConvGeometry, x: Tensor, weight: Tensor) -> Tensor:
-    """Return ``geometry.convolve(x, weight)`` for a weight that trains; keeps what ``x`` can be made from, if that is kept anyway.
+    """Return ``geometry.convolve(x, weight)`` for a weight that trains, as a matrix product where it is one.
+
+    Keeps what ``x`` can be made from instead of ``x``, if that is kept anyway.
 
     Args:
         geometry: of an adapter's own convolution.
         x: its input.
         weight: shape ``geometry.weight_shape()``.
     """
-    if not is_eager() or type(x) is not Tensor or x.ndim != 4 or not (torch.is_grad_enabled() and weight.requires_grad):
+    if not is_eager() or type(x) is not Tensor or x.ndim != 4:
         return geometry.convolve(x, weight)
     conv, dtype = Conv.of_geometry(geometry), autocast_dtype(x)
-    origin = None if conv is None or x.dtype != (weight.dtype if dtype is None else dtype) else origin_of(x)
-    if origin is None:
+    if conv is None or x.dtype != (weight.dtype if dtype is None else dtype):
         return geometry.convolve(x, weight)
-    return _Trained.apply(x, weight.to(x.dtype), conv, origin)
+    origin = origin_of(x) if torch.is_grad_enabled() and weight.requires_grad else None
+    weight = weight.to(x.dtype)
+    return detour(x, weight, conv) if origin is None else _Trained.apply(x, weight, conv, origin)
 
 
 class _Trained(torch.autograd.Function):
@@ -116,14 +119,13 @@ class _Trained(torch.autograd.Function):
         """Return the convolution."""
         ctx.save_for_backward(origin.source, weight)
         ctx.conv, ctx.remake = conv, origin.remake
-        return F.conv2d(x, weight, None, *conv)
+        return detour(x, weight, conv)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Return both gradients."""
         source, weight = ctx.saved_tensors
-        needs_input, needs_weight = ctx.needs_input_grad[:2]
-        return *ctx.conv.backward(grad, ctx.remake(source), weight, (needs_input, needs_weight)), None, None
+        return *both_gradients(grad, ctx.remake(source), weight, ctx.conv), None, None
 
 
 class _How(NamedTuple):

@@ -164,7 +164,7 @@ def factor_gradients(
     if form == "weight":
         return _through_weight(grad, x, weight, down, up, conv, needs_input)
     assert hidden is not None
-    d_hidden, d_up = _pointwise_gradients(grad, hidden, up, _POINTWISE._replace(groups=conv.groups))
+    d_hidden, d_up = both_gradients(grad, hidden, up, _POINTWISE._replace(groups=conv.groups))
     if not needs_input:
         return None, _down_gradient(d_hidden, x, down, conv), d_up
     dx = conv.input_gradient(grad, x, weight)
@@ -176,7 +176,7 @@ def factor_gradients(
 
 
 def detour(x: Tensor, down: Tensor, conv: Conv) -> Tensor:
-    """Return ``A x``."""
+    """Return the convolution ``A x``, as a matrix product where it is one."""
     if not _is_matrix_product(conv, x, x, down):
         return F.conv2d(x, down, None, *conv)
     return torch.bmm(_over_batch(down.flatten(1), x.shape[0]), x.flatten(2)).view(x.shape[0], -1, *x.shape[2:])
@@ -188,14 +188,13 @@ def _is_matrix_product(conv: Conv, d_hidden: Tensor, x: Tensor, down: Tensor) ->
     return pointwise and d_hidden.is_contiguous() and x.is_contiguous() and x.numel() > 0
 
 
-def _pointwise_gradients(grad: Tensor, hidden: Tensor, up: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
-    if conv.groups > 1 or not grad.is_contiguous() or not hidden.is_contiguous() or not grad.numel():
-        return conv.backward(grad, hidden, up, (True, True))
-    count = grad.shape[0]
-    flat, kernel = grad.view(count, grad.shape[1], -1), up.flatten(1)
-    d_hidden = torch.bmm(_over_batch(kernel.t(), count), flat).view(hidden.shape)
-    d_up = torch.bmm(flat, hidden.view(count, hidden.shape[1], -1).transpose(1, 2)).sum(0)
-    return d_hidden, d_up.view(up.shape)
+def both_gradients(grad: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
+    """Return the gradients of a convolution's input and weight, by matrix products where it is one."""
+    if not _is_matrix_product(conv, grad, x, weight):
+        return conv.backward(grad, x, weight, (True, True))
+    flat, count = grad.flatten(2), grad.shape[0]
+    dx = torch.bmm(_over_batch(weight.flatten(1).t(), count), flat).view(x.shape)
+    return dx, torch.bmm(flat, x.flatten(2).transpose(1, 2)).sum(0).view(weight.shape)
 
 
 def _down_gradient(d_hidden: Tensor, x: Tensor, down: Tensor, conv: Conv) -> Tensor:
@@ -225,7 +224,7 @@ def _through_factors(
 
 def _detour_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
     hidden = detour(x, down, conv)
-    d_hidden, d_up = _pointwise_gradients(grad, hidden, up, _POINTWISE._replace(groups=conv.groups))
+    d_hidden, d_up = both_gradients(grad, hidden, up, _POINTWISE._replace(groups=conv.groups))
     return _down_gradient(d_hidden, x, down, conv), d_up
 
 

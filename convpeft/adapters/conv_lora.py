@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..lean import convolve_trained
 from ..registry import register_adapter
 from .base import AdapterOptions, Site, positive, probability
 from .branches import shared_rank
@@ -122,10 +123,10 @@ class ConvLora(RoutedAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the update, shaped like the host's output."""
-        hidden = self.down_geometry.convolve(self.dropout(x), self.down)
+        hidden = convolve_trained(self.down_geometry, self.dropout(x), self.down)
         images = hidden if hidden.ndim == 4 else hidden.unsqueeze(0)
         gates, probabilities = self.router(images)
         self.note_balance(gates, probabilities)
         maps = [weigh_by_group(expert(images), gates, k) for k, expert in enumerate(self.experts)]
         mixed = reduce(torch.add, maps).reshape(hidden.shape)
-        return self.up_geometry.convolve(mixed, self.up) * self.scale
+        return convolve_trained(self.up_geometry, mixed, self.up) * self.scale

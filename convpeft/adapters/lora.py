@@ -17,6 +17,7 @@ from ..adding import Host
 from ..errors import NotMergeable
 from ..geometry import PLAIN_HOSTS
 from ..kernels import Chain, ConvKernel, compose_pointwise, embed_on_grid
+from ..lean import convolve_trained
 from ..low_rank import Factors, Form, cheapest
 from ..registry import register_adapter
 from .base import Adapter, AdapterOptions, Site, exact, positive, probability
@@ -117,8 +118,11 @@ class Lora(Adapter):
         """
         if host is not None:
             output_size = host.output.shape[-2:]
-        hidden = self.down_geometry.convolve(self.dropout(x), self.down, output_size=output_size)
-        update = self.up_geometry.convolve(hidden, self.up) * self.scale
+        if self.down_geometry.transposed:
+            hidden = self.down_geometry.convolve(self.dropout(x), self.down, output_size=output_size)
+        else:
+            hidden = convolve_trained(self.down_geometry, self.dropout(x), self.down)
+        update = convolve_trained(self.up_geometry, hidden, self.up) * self.scale
         if not self.options.dora:
             return update
         if host is None:

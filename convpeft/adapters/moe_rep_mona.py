@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..lean import convolve_trained
 from ..registry import register_adapter
 from .base import AdapterOptions, Site, odd_kernels, positive, probability
 from .branches import Branch, shared_rank
@@ -136,9 +137,9 @@ class MoeRepMona(RoutedAdapter):
         """Return the update, shaped like the host's output."""
         gates, probabilities = self.router(x)
         self.note_balance(gates, probabilities)
-        hidden = self.down_geometry.convolve(self.dropout(x), self.down)
+        hidden = convolve_trained(self.down_geometry, self.dropout(x), self.down)
         mixed = self._mix(hidden, gates)
-        return self.up_geometry.convolve(self.spatial(self.squeeze_excite(mixed)), self.up)
+        return convolve_trained(self.up_geometry, self.spatial(self.squeeze_excite(mixed)), self.up)
 
     def _mix(self, hidden: Tensor, gates: Tensor) -> Tensor:
         """Return the experts' maps, weighted."""

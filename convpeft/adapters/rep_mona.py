@@ -102,7 +102,7 @@ class RepMona(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         """Return the update, shaped like the host's output."""
         hidden = convolve_trained(self.down_geometry, self.dropout(x), self.down)
-        return self.up_geometry.convolve(self._mixed(hidden), self.up * self.scale)
+        return convolve_trained(self.up_geometry, self._mixed(hidden), self.up * self.scale)
 
     def _mixed(self, hidden: Tensor) -> Tensor:
         """Return ``M(sum_k DW_k h) + h``: with one kernel, or one pass for all branches, where no norm is in between."""
@@ -117,7 +117,7 @@ class RepMona(Adapter):
                 hidden
             )
         identity = torch.eye(len(kernel), device=kernel.device).to(kernel.dtype)[..., None, None]
-        return self.dense.convolve(hidden, self.mix * kernel.transpose(0, 1) + self._place(identity, size))
+        return self.dense.convolve(hidden, torch.addcmul(self._place(identity, size), self.mix, kernel.transpose(0, 1)))
 
     def chain(self) -> Chain:
         """Return D with every row twice, a depthwise convolution by ``sum_k DW_k`` and ``centre`` in turn, and U with M in it.
