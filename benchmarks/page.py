@@ -54,8 +54,8 @@ SECTIONS: dict[str, tuple[str, str]] = {
         "Where a step's time goes, L",
         "The row of the acceptance table with the least room: complete runs of that table on one machine gave 0.76, 0.80, 0.81, 0.76 and "
         "0.79 (2026-11-25), and which one it is depends more on full fine-tuning than on LoRA: where its memory comes from the system "
-        "anew each step, that step takes longer (0.94 to 1.00 s; with glibc told to keep what is freed 0.89 s, and the row 0.81). The frozen model's own passes are about two "
-        "thirds of a full step (forward, and back to the input), and A's convolutions and both factors' products come on top. With few "
+        "anew each step, that step takes longer (0.94 to 1.00 s; with glibc told to keep what is freed 0.89 s, and the row 0.81). "
+        "The frozen model's own passes are about two thirds of a full step (forward, and back to the input), and A's convolutions and both factors' products come on top. With few "
         "channels these run at a fraction of a large convolution's speed.",
     ),
     "inference": ("Inference", "The base runs as two copies: what the second one shows beside 1.00 is noise."),

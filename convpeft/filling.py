@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -46,16 +46,20 @@ def furnish(draft: Adapter, real: Callable[[], Adapter], source: Source, device:
         source: of its tensors, by their names in its ``state_dict``.
         device: of the host.
     """
-    adapter = draft if _is_its_state_dict(draft) else real()
+    if not _is_its_state_dict(draft):
+        adapter = real()
+        for name, old in adapter.state_dict(keep_vars=True).items():
+            old.data = source(name, old, device)
+        return adapter
     replaced: dict[int, Tensor] = {}
-    for name, old in adapter.state_dict(keep_vars=True).items():
+    for name, old in draft.state_dict(keep_vars=True).items():
         if id(old) not in replaced:
             replaced[id(old)] = _like(old, source(name, old, device))
-    for module in adapter.modules():
+    for module in draft.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for store in stores:
             store.update({key: replaced[id(old)] for key, old in store.items() if id(old) in replaced})
-    return adapter
+    return draft
 
 
 def furnished_drawer(shown: Mapping[str, Tensor], source: Source, copies: dict[int, Tensor]) -> hosting.Tensors:
@@ -81,14 +85,18 @@ def _like(old: Tensor, made: Tensor) -> Tensor:
 
 
 def _is_its_state_dict(adapter: Adapter) -> bool:
-    """Whether everything with numbers in an adapter is in its ``state_dict``: no other buffers, no tensors in attributes."""
+    """Whether an adapter has nothing that its ``state_dict`` lacks: other buffers, tensors in attributes, marks or hooks on tensors."""
     known = {id(tensor) for tensor in adapter.state_dict(keep_vars=True).values()}
-    return all(id(t) in known for t in (*adapter.parameters(), *adapter.buffers())) and all(
+    return all(id(t) in known and _is_bare(t) for t in (*adapter.parameters(), *adapter.buffers())) and all(
         _is_plain(value)
         for module in adapter.modules()
         for key, value in module.__dict__.items()
         if key not in ("_parameters", "_buffers", "_modules")
     )
+
+
+def _is_bare(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.__dict__ and not tensor._backward_hooks
 
 
 def _is_plain(value: Any) -> bool:
@@ -97,5 +105,5 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))
     if is_dataclass(value) and not isinstance(value, type):
-        return all(map(_is_plain, vars(value).values()))
+        return all(_is_plain(getattr(value, each.name)) for each in fields(value))
     return isinstance(value, _PLAIN)

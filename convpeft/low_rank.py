@@ -158,8 +158,10 @@ def factor_gradients(
     needs_input: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients of the input, of A and of B; the input is what ``remake``, if any, makes of the tensor kept."""
-    if form == "summed":
-        return _through_factors(grad, kept, remake, weight, down, up, conv, needs_input)
+    if form == "summed":  # an input made again is let go of before its gradient, which then takes its place in memory
+        d_down, d_up = _detour_gradients(grad, kept if remake is None else remake(kept), down, up, conv)
+        dx = conv.input_gradient(grad, kept, whole_kernel(weight, down, up, conv.groups)) if needs_input else None
+        return dx, d_down, d_up
     x = kept if remake is None else remake(kept)
     if form == "weight":
         return _through_weight(grad, x, weight, down, up, conv, needs_input)
@@ -203,26 +205,8 @@ def _down_gradient(d_hidden: Tensor, x: Tensor, down: Tensor, conv: Conv) -> Ten
     return torch.bmm(d_hidden.flatten(2), x.flatten(2).transpose(1, 2)).sum(0).view(down.shape)
 
 
-def _through_factors(
-    grad: Tensor,
-    kept: Tensor,
-    remake: Callable[[Tensor], Tensor] | None,
-    weight: Tensor,
-    down: Tensor,
-    up: Tensor,
-    conv: Conv,
-    needs_input: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the gradients where the forward pass took the sum of kernels: the input's by that sum, A's and B's by the other.
-
-    An input that was made again is let go of before its gradient, which then takes its place in memory.
-    """
-    d_down, d_up = _detour_gradients(grad, kept if remake is None else remake(kept), down, up, conv)
-    dx = conv.input_gradient(grad, kept, whole_kernel(weight, down, up, conv.groups)) if needs_input else None
-    return dx, d_down, d_up
-
-
 def _detour_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
+    """Return the gradients of A and of B by way of A's output, which is made for them."""
     hidden = detour(x, down, conv)
     d_hidden, d_up = both_gradients(grad, hidden, up, _POINTWISE._replace(groups=conv.groups))
     return _down_gradient(d_hidden, x, down, conv), d_up

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,21 @@ class Hidden(Scaled):
         return self.held[0]
 
 
-@pytest.fixture(params=[Scaled, Unsaved, Hidden])
+class Marked(Scaled):
+    """Its parameter carries a mark, as some optimisers and trainers look for."""
+
+    def extend(self, channels: int) -> None:
+        self.shift.no_decay = True
+
+
+@dataclass(slots=True)
+class Slotted:
+    """A dataclass without a ``__dict__``."""
+
+    value: object
+
+
+@pytest.fixture(params=[Scaled, Unsaved, Hidden, Marked])
 def kind(request, clean_registry) -> type[Adapter]:
     """A kind from outside, registered for one test."""
     convpeft.register_adapter("state")(request.param)
@@ -83,6 +98,7 @@ def test_every_sort_of_state_is_there_after_a_load(kind, tmp_path, monkeypatch):
     assert torch.equal(fresh(picture()), model(picture()))
     adapter = fresh.stem.convpeft["screw"]
     assert adapter.again is adapter.shift
+    assert hasattr(adapter.shift, "no_decay") == (kind is Marked)
     assert not any(t.is_meta for t in (*fresh.parameters(), *fresh.buffers()))
 
 
@@ -108,6 +124,8 @@ def test_loading_does_not_touch_the_random_numbers(tmp_path):
 def test_a_dataclass_of_plain_values_is_plain_and_an_unknown_object_is_not():
     assert filling._is_plain({"a": [1, ("b", None)], "site": AdapterOptions()})
     assert not filling._is_plain([object()])
+    assert filling._is_plain(Slotted(1))
+    assert not filling._is_plain(Slotted(torch.zeros(1)))
 
 
 def test_digests_made_side_by_side_are_those_made_in_turn():
