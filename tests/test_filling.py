@@ -16,7 +16,7 @@ from convpeft.filling import furnish
 from convpeft.fingerprints import digest, fingerprint
 
 from .cases import bits, same_bits
-from .files import base, picture, trained
+from .adapter_files import base, picture, trained
 
 
 class Scaled(Adapter):

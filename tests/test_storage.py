@@ -15,7 +15,7 @@ import torch
 import convpeft
 
 from .cases import bits, same_bits
-from .files import SPEC, assert_refused, base, condition, forged, parts, picture, trained
+from .adapter_files import SPEC, assert_refused, base, condition, forged, parts, picture, trained
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_a_fresh_process_gives_the_same_output_bit_for_bit(tmp_path, training):
     model = trained(base())
     convpeft.save_adapter(model, tmp_path / "screw.safetensors")
     code = (
-        "import sys, torch, convpeft; from tests.files import base, picture\n"
+        "import sys, torch, convpeft; from tests.adapter_files import base, picture\n"
         "torch.set_num_threads(1); model = base()\n"
         "convpeft.load_adapter(model, sys.argv[1] + '/screw.safetensors'); model.train(sys.argv[2] == 'True')\n"
         "torch.save(model(picture()).detach(), sys.argv[1] + '/output.pt')\n"
@@ -207,7 +207,7 @@ def test_save_says_which_adapter_it_needs(tmp_path):
 
 KILLED = """
 import os, sys, time, convpeft
-from tests.files import base, trained
+from tests.adapter_files import base, trained
 model = trained(base(), seed=11)
 def slow(function):
     def wait(*arguments):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import convpeft
 
 from .cases import bits, same_bits
-from .files import Other, Small, assert_refused, base, condition, forged, parts, picture, put_together, trained
+from .adapter_files import Other, Small, assert_refused, base, condition, forged, parts, picture, put_together, trained
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from torch import nn
 import convpeft
 
 from .cases import TRANSPOSED, VARIANTS, adapted, assert_relative, bits, named, net, randomised, same_bits
-from .files import assert_refused, forged, parts
+from .adapter_files import assert_refused, forged, parts
 
 LORA = [variant for variant in VARIANTS if variant.kind == "lora" and variant.place == "parallel"]
 UPSAMPLE = TRANSPOSED[0]
