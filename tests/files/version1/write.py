@@ -70,7 +70,7 @@ def write(kind: str, folder: Path) -> Tensor:
     model = base()
     convpeft.inject(model, SPECS[kind], name=kind)
     fill((p for p in model.parameters() if p.requires_grad), 1)
-    fill((b for n, b in model.named_buffers() if kind in n and b.is_floating_point()), 12)
+    fill((b for n, b in model.named_buffers() if kind in n and "running_" in n), 12)
     if kind == "unfrozen":
         model.norm.running_mean.fill_(0.25)
     convpeft.save_adapter(model, folder / f"{kind}.safetensors")
