@@ -1,7 +1,8 @@
 """convpeft: parameter-efficient adapters for convolutional detectors. Exact, framework-agnostic, mergeable."""
 
 from .adapters import Adapter, AdapterOptions, Site
-from .checking import check
+from .adapters.registry import adapter_kinds, register_adapter
+from .convolution.geometry import ConvGeometry
 from .errors import (
     AdapterConflict,
     AdapterFileError,
@@ -19,62 +20,30 @@ from .errors import (
     StateError,
     UnknownAdapter,
     UnknownKind,
-)
-from .geometry import ConvGeometry
-from .injection import active_adapters, disabled, eject, inject, plan, set_active, using
-from .merging import MergePlan, merge, plan_merge
-from .per_sample import route
-from .planning import Plan
-from .registry import adapter_kinds, register_adapter
-from .spec import Rule, Spec, Unfreeze
-from .storage import inspect_adapter, load_adapter, save_adapter
-from .training import auxiliary_loss, param_groups, summary
+)  # fmt: skip
+from .files.header import inspect_adapter
+from .files.loading import load_adapter
+from .files.saving import save_adapter
+from .hosts.model import AdaptedModel
+from .injection.checking import check
+from .injection.inject import eject, inject
+from .injection.routing import route
+from .injection.switching import active_adapters, disabled, set_active, using
+from .injection.training import auxiliary_loss, param_groups, summary
+from .merging.merge import merge, plan_merge
+from .merging.plan import MergePlan
+from .planning.plan import Plan
+from .planning.planner import plan
+from .planning.rules import Rule, Unfreeze
+from .planning.spec import Spec
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adapter",
-    "AdapterConflict",
-    "AdapterFileError",
-    "AdapterOptions",
-    "BaseMismatch",
-    "ConvGeometry",
-    "ConvPeftError",
-    "GeometryError",
-    "HostError",
-    "MergeError",
-    "MergePlan",
-    "NotMergeable",
-    "OptionError",
-    "PatternError",
-    "Plan",
-    "RegistrationError",
-    "Rule",
-    "ShapeMismatch",
-    "Site",
-    "Spec",
-    "SpecError",
-    "StateError",
-    "Unfreeze",
-    "UnknownAdapter",
-    "UnknownKind",
-    "active_adapters",
-    "adapter_kinds",
-    "auxiliary_loss",
-    "check",
-    "disabled",
-    "eject",
-    "inject",
-    "inspect_adapter",
-    "load_adapter",
-    "merge",
-    "param_groups",
-    "plan",
-    "plan_merge",
-    "register_adapter",
-    "route",
-    "save_adapter",
-    "set_active",
-    "summary",
-    "using",
-]
+    "AdaptedModel", "Adapter", "AdapterConflict", "AdapterFileError", "AdapterOptions", "BaseMismatch", "ConvGeometry",
+    "ConvPeftError", "GeometryError", "HostError", "MergeError", "MergePlan", "NotMergeable", "OptionError", "PatternError",
+    "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site", "Spec", "SpecError", "StateError", "Unfreeze",
+    "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds", "auxiliary_loss", "check", "disabled", "eject",
+    "inject", "inspect_adapter", "load_adapter", "merge", "param_groups", "plan", "plan_merge", "register_adapter", "route",
+    "save_adapter", "set_active", "summary", "using",
+]  # fmt: skip

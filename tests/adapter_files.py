@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import convpeft
 from convpeft.adapters import Adapter
-from convpeft.metadata import seal
+from convpeft.files.header import seal
 
 from .cases import bits
 

@@ -12,7 +12,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 import convpeft
-from convpeft.registry import adapter_class
+from convpeft.adapters.registry import adapter_class
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

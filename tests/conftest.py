@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from convpeft import registry
+from convpeft.adapters import registry
 
 torch.set_num_threads(1)
 settings.register_profile("ci", max_examples=1_200, deadline=None, derandomize=True, database=None)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import convpeft
-from convpeft import hosting, injection
 from convpeft.adapters import Adapter
-from convpeft.adding import update
+from convpeft.hosts.forward import _update as update
+from convpeft.injection import install, switching
 
 from .cases import (
     DTYPES,
@@ -210,7 +210,7 @@ def test_a_failed_inject_leaves_every_bit(variant, monkeypatch):
     before, modules, names = bits(model), [type(m) for m in model.modules()], convpeft.active_adapters(model)
     flags = [parameter.requires_grad for parameter in model.parameters()]
 
-    for owner, function in ((hosting, "hold"), (hosting, "adapt"), (injection, "_train_only_active")):
+    for owner, function in ((switching, "hold"), (install, "adapt"), (install, "train_only")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, function, failing_once(getattr(owner, function)))
             with pytest.raises(MemoryError, match="in the middle"):
@@ -240,7 +240,7 @@ def test_a_failed_first_inject_leaves_a_plain_model(variant, monkeypatch):
     model = net(CASES["3x3"])
     before, modules = bits(model), [type(m) for m in model.modules()]
 
-    monkeypatch.setattr(injection, "_train_only_active", failing_once(injection._train_only_active))
+    monkeypatch.setattr(install, "train_only", failing_once(install.train_only))
     with pytest.raises(MemoryError, match="in the middle"):
         convpeft.inject(model, {"rules": [variant.rule]})
     assert same_bits(before, bits(model))

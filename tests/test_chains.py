@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import convpeft
-from convpeft.chains import BESIDE, carries_chains
+from convpeft.hosts.chains import BESIDE, carries_chains
 
 from .cases import LAYERS, Variant, assert_relative, bits, named, net, randomised, same_bits
 

@@ -178,7 +178,7 @@ class TestZoo:
     )
     def test_the_fast_path_of_an_encoder_layer_shows(self, monkeypatch, layer, options):
         """Hooks on modules would switch it off; ``inject`` refuses these, so here it is made not to know them."""
-        monkeypatch.setattr("convpeft.choosing.bypassed", lambda modules: {})
+        monkeypatch.setattr("convpeft.planning.planner.bypassed", lambda modules: {})
         model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 3, 8)
         convpeft.inject(model, {"rules": [{"match": layer, "kind": "lora", **options}]}, example_inputs=x)
         report = convpeft.check(model, x)

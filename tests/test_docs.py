@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 import convpeft
-from convpeft.registry import adapter_class, adapter_kinds
+from convpeft.adapters.registry import adapter_class, adapter_kinds
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

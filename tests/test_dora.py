@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import convpeft
-from convpeft import adding
+from convpeft.adapters import Host
 from convpeft.adapters.dora import magnitude_ratio
 
 from .cases import DORA, LAYERS, Variant, adapted, assert_relative, bits, net, randomised, same_bits
@@ -230,4 +230,4 @@ def test_one_layer_used_twice_reads_its_own_output_each_time():
     changed = dora_weight(layer, layer.convpeft.a)
     once = nn.functional.conv2d(x, changed, layer.bias, padding=1)
     assert_relative(model(x), nn.functional.conv2d(once.relu(), changed, layer.bias, padding=1))
-    assert isinstance(adding.Host(layer.weight, layer.bias, x), tuple)
+    assert isinstance(Host(layer.weight, layer.bias, x), tuple)

@@ -9,8 +9,8 @@ from torch import nn
 
 import convpeft
 from convpeft.adapters import Hierarchical, Site
-from convpeft.geometry import output_geometry
-from convpeft.registry import adapter_class
+from convpeft.adapters.registry import adapter_class
+from convpeft.convolution.geometry import output_geometry
 
 from .cases import assert_relative, randomised
 from .references import visual

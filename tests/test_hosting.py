@@ -15,7 +15,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 import convpeft
-from convpeft import hosting
+from convpeft.hosts.modules import base_modules
 
 from .cases import CONVS, OwnConstructorConv, bits, net, same_bits
 from .detector import LORA, Block, Detector, Untouched, detector, images, scrambled
@@ -35,7 +35,7 @@ def test_every_object_stays_and_no_output_bit_changes():
     parameters = list(model.named_parameters())
     convpeft.inject(model, {"rules": [{"match": "**", "kind": "lora", "only": "Conv2d"}]})
     assert torch.equal(model(x), output)
-    users = [module for _, module in hosting.base_modules(model)]
+    users = [module for _, module in base_modules(model)]
     assert all(a is b for a, b in zip(users, modules, strict=True))
     assert type(model) is Detector
     assert isinstance(model.box, nn.Conv2d)

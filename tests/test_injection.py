@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import convpeft
-from convpeft import AdapterConflict, StateError, UnknownAdapter, hosting
+from convpeft import AdapterConflict, StateError, UnknownAdapter
+from convpeft.hosts.unfrozen import tensors_of
 
 from .cases import assert_relative, bits, same_bits
 from .detector import LORA, A, B, Untouched, detector, images, scrambled, two
@@ -128,7 +129,7 @@ class TestSwitching:
         convpeft.inject(model, {"unfreeze": ["score"]}, name="a")
         convpeft.inject(model, {"unfreeze": ["box"]}, name="b")
         scrambled(model)
-        score, box = (dict(hosting.shown_tensors(m, n)) for m, n in ((model.score, "a"), (model.box, "b")))
+        score, box = (dict(tensors_of(m, n)) for m, n in ((model.score, "a"), (model.box, "b")))
         convpeft.set_active(model, ["a", "b"])
         assert model.score.weight is score["weight"]
         assert model.box.weight is box["weight"]

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from convpeft import ConvGeometry, GeometryError, ShapeMismatch
-from convpeft.kernels import ConvKernel, add_kernels, compose, compose_depthwise, compose_pointwise, embed_on_grid
+from convpeft.convolution.kernels import (
+    ConvKernel,
+    add_kernels,
+    compose,
+    compose_depthwise,
+    compose_pointwise,
+    embed_on_grid,
+)
 
 from .cases import CONVS, assert_relative, conv, named
 

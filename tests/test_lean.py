@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import convpeft
-from convpeft import lean, recomputing
 from convpeft.adapters import RepMona
-from convpeft.low_rank import Factors
-from convpeft.recomputing import origin_of
+from convpeft.convolution import nodes, origins
+from convpeft.convolution.low_rank import Factors
+from convpeft.convolution.origins import origin_of
 
 from .cases import assert_relative, bits, randomised, same_bits
 
 FORMS = ("separate", "summed", "weight")
 SEES_HOOKS = pytest.mark.skipif(
-    recomputing._HOOKS is None,
+    origins._HOOKS is None,
     reason="this torch does not say whether hooks for saved tensors are set, so inputs are kept",
 )
 LAYERS = {
@@ -116,7 +116,7 @@ def test_a_convolution_with_factors_has_the_gradients_of_the_plain_one(settings,
     factors = factors_for(layer, form)
 
     def run(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return lean.convolve(layer, x, Factors(down, up, form), True)
+        return nodes.convolve(layer, x, Factors(down, up, form), True)
 
     hidden = F.conv2d(x, factors.down, None, layer.stride, layer.padding, layer.dilation, layer.groups)
     assert_relative(run(x, *factors[:2]), layer(x) + F.conv2d(hidden, factors.up, groups=layer.groups))
@@ -133,7 +133,7 @@ def test_kernels_are_summed_from_two_pixels_for_each_output_channel_on(pixels, e
     assert [factors.form_for(x, layer.weight, training) for training in (True, False)] == [expected] * 2
     assert factors.form_for(x.bfloat16(), layer.weight, True) == "separate"
     apart = torch.equal(
-        lean.convolve(layer, x, factors, True), lean.convolve(layer, x, factors._replace(form="separate"), True)
+        nodes.convolve(layer, x, factors, True), nodes.convolve(layer, x, factors._replace(form="separate"), True)
     )
     assert apart == (expected == "separate")
 
@@ -142,7 +142,7 @@ def test_kernels_are_summed_from_two_pixels_for_each_output_channel_on(pixels, e
 def test_only_apart_a_map_between_the_factors_is_kept(form):
     layer = nn.Conv2d(4, 8, 3).double().requires_grad_(False)
     x = torch.randn(1, 4, 9, 9, dtype=torch.float64, requires_grad=True)
-    found = kept(lambda x: lean.convolve(layer, x, factors_for(layer, form), True), x, layer.parameters())
+    found = kept(lambda x: nodes.convolve(layer, x, factors_for(layer, form), True), x, layer.parameters())
     assert any(tensor.shape == (1, 2, 7, 7) for tensor in found) == (form == "separate")
 
 
@@ -150,7 +150,7 @@ def test_only_apart_a_map_between_the_factors_is_kept(form):
 def test_a_frozen_convolution_has_the_gradient_of_its_input(settings):
     layer = nn.Conv2d(4, 8, **settings).double().requires_grad_(False)
     x = torch.randn(2, 4, 7, 6, dtype=torch.float64, requires_grad=True)
-    run = lambda x: lean.convolve(layer, x, None, True)  # noqa: E731
+    run = lambda x: nodes.convolve(layer, x, None, True)  # noqa: E731
     assert torch.equal(run(x), layer(x))
     assert torch.autograd.gradcheck(run, (x,))
     assert torch.autograd.gradgradcheck(run, (x,))
@@ -161,16 +161,16 @@ def test_a_frozen_norm_has_the_gradient_of_its_input(affine):
     norm = net().norm if affine else nn.BatchNorm2d(8, affine=False).double()
     norm.requires_grad_(False).eval()
     x = torch.randn(2, 8, 3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(lean.normalise(norm, x), norm(x))
-    assert torch.autograd.gradcheck(lambda x: lean.normalise(norm, x), (x,))
-    assert torch.autograd.gradgradcheck(lambda x: lean.normalise(norm, x), (x,))
+    assert torch.equal(nodes.normalise(norm, x), norm(x))
+    assert torch.autograd.gradcheck(lambda x: nodes.normalise(norm, x), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: nodes.normalise(norm, x), (x,))
 
 
 def test_a_channels_last_input_stays_so_both_ways():
     layer = nn.Conv2d(4, 8, 3, padding=1).requires_grad_(False).to(memory_format=torch.channels_last)
     x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
     expected = torch.autograd.grad(layer(x).square().sum(), x)[0]
-    output = lean.convolve(layer, x, None, True)
+    output = nodes.convolve(layer, x, None, True)
     assert output.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(torch.autograd.grad(output.square().sum(), x)[0], expected)
 
@@ -349,7 +349,7 @@ def test_off_means_that_no_other_layer_is_touched():
 
 def test_a_failed_inject_leaves_it_on(monkeypatch):
     model = adapted(LATE)
-    monkeypatch.setattr("convpeft.injection._train_only_active", lambda root, state: 1 / 0)
+    monkeypatch.setattr("convpeft.injection.install.train_only", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convpeft.inject(model, LATE, name="second", lean=False)
     assert all(module.convpeft.lean for module in model.modules() if "convpeft" in module._modules)

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from convpeft import PatternError
-from convpeft.matching import is_literal, matches
+from convpeft.planning.globs import is_literal, matches
 
 from .references import matching as reference
 

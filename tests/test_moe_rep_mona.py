@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import convpeft
 from convpeft.adapters import MoeRepMona, Site
 from convpeft.adapters.gating import Router
-from convpeft.geometry import ConvGeometry, output_geometry
+from convpeft.convolution.geometry import ConvGeometry, output_geometry
 
 from .cases import CONVS, Variant, adapted, assert_relative, named, net
 from .references import convolution as reference

@@ -14,8 +14,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 import convpeft
-from convpeft.adapters import peft_layers, peft_methods, peft_probe
-from convpeft.adapters.peft_probe import probe
+from convpeft.adapters.peft_kinds import kinds, layers, probe
+from convpeft.adapters.peft_kinds.probe import probe
 
 from .cases import (
     LAYERS,
@@ -83,7 +83,7 @@ IN_SHORT = pytest.mark.parametrize("kind", named([variant(method) for method in 
 
 def test_a_plan_made_without_gradients_says_the_same():
     model = net(LAYERS[0])
-    peft_probe.probe.cache_clear()
+    probe.probe.cache_clear()
     with torch.no_grad():
         assert convpeft.plan(model, {"rules": [{"match": "layer", "kind": "peft:loha", "r": 3}]}).layers
 
@@ -111,7 +111,7 @@ def merged_by_peft(layer: nn.Module, adapter) -> tuple[torch.Tensor, torch.Tenso
     )  # fmt: skip
     plain = plain.double()
     plain.load_state_dict({key: layer.state_dict()[key] for key in plain.state_dict()})
-    wrapped = peft_layers.wrap(adapter.method, adapter.options.settings(), plain).double()
+    wrapped = layers.wrap(adapter.method, adapter.options.settings(), plain).double()
     missing, unexpected = wrapped.load_state_dict(adapter.layer.state_dict(), strict=False)
     assert not unexpected
     assert all("base_layer" in key for key in missing)
@@ -246,7 +246,7 @@ def test_peft_is_imported_only_when_asked_for():
 
 @pytest.mark.parametrize("broken", ["missing", "old"])
 def test_a_missing_or_old_peft_is_said(broken, monkeypatch):
-    peft_layers.peft_types.cache_clear()
+    layers.peft_types.cache_clear()
     if broken == "missing":
         monkeypatch.setitem(sys.modules, "peft", None)
         text = "need the package peft, which cannot be imported"
@@ -254,12 +254,12 @@ def test_a_missing_or_old_peft_is_said(broken, monkeypatch):
         monkeypatch.delattr(peft.mapping, "PEFT_TYPE_TO_TUNER_MAPPING")
         text = rf"need a newer peft than {peft.__version__}"
     with pytest.raises(convpeft.OptionError, match=text):
-        peft_methods.peft_methods()
-    peft_layers.peft_types.cache_clear()
+        kinds.peft_methods()
+    layers.peft_types.cache_clear()
 
 
 def test_every_layer_method_of_the_installed_peft_is_used_or_refused_with_a_sentence():
-    names = peft_methods.peft_methods()
+    names = kinds.peft_methods()
     assert set(METHODS) | set(LINEAR_ONLY) <= set(names) <= {kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
     assert "prompt_tuning" not in names
     for name in names:
@@ -404,20 +404,20 @@ def test_the_probe_leaves_the_random_state_alone():
 
 def test_a_method_that_keeps_a_choice_outside_its_tensors_is_seen(monkeypatch):
     def wrap(method, settings, layer):
-        wrapped = peft_layers.wrap(method, settings, layer)
+        wrapped = layers.wrap(method, settings, layer)
         wrapped.__dict__["choice"] = torch.rand(())
         return wrapped
 
     def change_of(method, wrapped, weight, bias):
-        change = peft_layers.change_of(method, wrapped, weight, bias)
-        return peft_layers.Change(change.weight * wrapped.choice, change.bias)
+        change = layers.change_of(method, wrapped, weight, bias)
+        return layers.Change(change.weight * wrapped.choice, change.bias)
 
-    shape = convpeft.geometry.ConvGeometry(4, 6, (3, 3))
-    peft_probe._check_round_trip("loha", {"r": 2}, shape)
-    monkeypatch.setattr(peft_probe, "wrap", wrap)
-    monkeypatch.setattr(peft_probe, "change_of", change_of)
-    with pytest.raises(peft_probe._Seen, match="keeps a random choice outside its tensors"):
-        peft_probe._check_round_trip("loha", {"r": 2}, shape)
+    shape = convpeft.ConvGeometry(4, 6, (3, 3))
+    probe._check_round_trip("loha", {"r": 2}, shape)
+    monkeypatch.setattr(probe, "wrap", wrap)
+    monkeypatch.setattr(probe, "change_of", change_of)
+    with pytest.raises(probe._Seen, match="keeps a random choice outside its tensors"):
+        probe._check_round_trip("loha", {"r": 2}, shape)
 
 
 def test_randomised_buffers_still_merge():

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import convpeft
-from convpeft.chains import AFTER, BESIDE
+from convpeft.hosts.chains import AFTER, BESIDE
+from convpeft.hosts.slots import base_class
 
 from .cases import DTYPES, randomised
 from .drawn import Drawn, layers, rules
@@ -72,7 +73,9 @@ def test_merged_is_adapted_or_refused(family, record_property):
     @torch.no_grad()
     def holds(drawn, chosen, dtype, start):
         torch.manual_seed(start)
-        check(drawn, chosen, dtype, tally)
+        # oneDNN's own bfloat16 convolutions of few channels are wrong on some processors (torch 2.14, AVX512-BF16)
+        with torch.backends.mkldnn.flags(enabled=dtype not in (torch.bfloat16, torch.float16)):
+            check(drawn, chosen, dtype, tally)
 
     holds()
     record_property("cases", len(tally.cases))
@@ -123,7 +126,7 @@ def check_form(
         assert_known_refusal(row.reason, drawn, served)
         return
     merged = convpeft.merge(model, form=form)["layer"]
-    assert type(merged) is convpeft.hosting.base_class(model["layer"])
+    assert type(merged) is base_class(model["layer"])
     assert not [key for key in merged.state_dict() if "convpeft" in key]
     x, adapted = run
     if is_too_small(merged, x):  # torch repeats or reflects a map once at most
@@ -209,7 +212,7 @@ def compare_with_formulas(layer: nn.Module, x: Tensor, adapted: Tensor) -> None:
     adapters = [layer.convpeft[name] for name in layer.convpeft.active]
     if not all(adapter.kind in ("lora", "rep_mona") for adapter in adapters):
         return
-    own = convpeft.hosting.base_class(layer).forward(layer, x)
+    own = base_class(layer).forward(layer, x)
     expected = own + sum(padded.update(layer, a, own if a.site.place == "output" else x) for a in adapters)
     assert adapted.shape == expected.shape
     if expected.numel():

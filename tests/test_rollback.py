@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import convpeft
-from convpeft import hosting, injection, registry
+from convpeft.adapters.registry import adapter_class
+from convpeft.hosts.slots import Slots
+from convpeft.injection import install, switching
 
 from .detector import Untouched, detector, images, scrambled, two
 
@@ -28,12 +30,13 @@ def adapted() -> nn.Module:
 CALLS = [
     (function, call)
     for function, calls in {
-        "hosting.adapt": (1, 4, 10),
-        "hosting.add_owner": (1, 4),
-        "hosting.show": (1, 5, 10),
-        "hosting.hold": (1, 3),
-        "injection._switch": (1,),
-        "injection._train_only_active": (1,),
+        "install.adapt": (1, 4, 10),
+        "Slots.put": (1, 5),
+        "Slots.put_owner": (1, 4),
+        "switching.swap_in": (1, 5, 10),
+        "switching.hold": (1, 3),
+        "install.switch": (1,),
+        "install.train_only": (1,),
     }.items()
     for call in calls
 ]
@@ -60,7 +63,7 @@ class TestFailingInjects:
     @STARTS
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
     def test_a_constructor_that_raises_on_the_third_layer(self, start, error, monkeypatch):
-        built, construct = [], registry.adapter_class("lora").__init__
+        built, construct = [], adapter_class("lora").__init__
 
         def failing(self, site, options):
             construct(self, site, options)
@@ -69,7 +72,7 @@ class TestFailingInjects:
                 if len(built) == 3:
                     raise error("the third")
 
-        monkeypatch.setattr(registry.adapter_class("lora"), "__init__", failing)
+        monkeypatch.setattr(adapter_class("lora"), "__init__", failing)
         self.assert_fails(start(), error, "the third")
         assert len(built) == 3
 
@@ -77,7 +80,8 @@ class TestFailingInjects:
     @pytest.mark.parametrize("done", [False, True], ids=["before it", "after it"])
     @pytest.mark.parametrize(("function", "call"), CALLS)
     def test_an_interrupt_while_installing(self, start, function, call, done, monkeypatch):
-        owner, name = {"hosting": hosting, "injection": injection}[function.split(".")[0]], function.split(".")[1]
+        place, name = function.split(".")
+        owner = {"install": install, "Slots": Slots, "switching": switching}[place]
         original, calls = getattr(owner, name), []
 
         def interrupted(*arguments):

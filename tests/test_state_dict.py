@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import convpeft
-from convpeft import hosting
+from convpeft.hosts.unfrozen import tensors_of
 
 from .cases import bits, same_bits
 from .detector import LORA, detector, images, scrambled
@@ -87,7 +87,7 @@ def own_tensors(model, name):
         adapter = model.get_submodule(key).convpeft._modules[name]
         found.update({f"{key}:{k}": t.clone() for k, t in adapter.state_dict().items()})
     for key in record.owned:
-        shown = hosting.shown_tensors(model.get_submodule(key), name)
+        shown = tensors_of(model.get_submodule(key), name)
         found.update({f"{key}.{k}": t.detach().clone() for k, t in shown.items()})
     return found
 

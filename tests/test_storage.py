@@ -14,8 +14,8 @@ import torch
 
 import convpeft
 
-from .cases import bits, same_bits
 from .adapter_files import SPEC, assert_refused, base, condition, forged, parts, picture, trained
+from .cases import bits, same_bits
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_a_refusal_leaves_an_active_adapter_as_it_is(original, tmp_path):
 
 
 def test_a_failure_in_the_last_step_gives_everything_back(original, monkeypatch):
-    from convpeft import injection
+    from convpeft.injection import install
 
     def fail(*arguments):
         raise KeyboardInterrupt
@@ -183,7 +183,7 @@ def test_a_failure_in_the_last_step_gives_everything_back(original, monkeypatch)
     for model in (base(), trained(base(), {"rules": [{"match": "stem", "kind": "lora", "rank": 1}]}, "first")):
         before = condition(model)
         with monkeypatch.context() as patch:
-            patch.setattr(injection, "_train_only_active", fail)
+            patch.setattr(install, "train_only", fail)
             with pytest.raises(KeyboardInterrupt):
                 convpeft.load_adapter(model, original)
         assert condition(model) == before

@@ -8,8 +8,8 @@ from torch import nn
 
 import convpeft
 
-from .cases import TRANSPOSED, VARIANTS, adapted, assert_relative, bits, named, net, randomised, same_bits
 from .adapter_files import assert_refused, forged, parts
+from .cases import TRANSPOSED, VARIANTS, adapted, assert_relative, bits, named, net, randomised, same_bits
 
 LORA = [variant for variant in VARIANTS if variant.kind == "lora" and variant.place == "parallel"]
 UPSAMPLE = TRANSPOSED[0]
@@ -100,7 +100,9 @@ def test_a_plain_convolution_of_the_same_channels_is_no_home_for_its_file(tmp_pa
     other = net(UPSAMPLE)
     other.layer = nn.Conv2d(4, 6, 2, stride=2).double()
     before = bits(other)
-    with pytest.raises(convpeft.AdapterFileError, match="layer: 4→6 2×2 s2 here, 4→6 2×2 s2 transposed in the file"):
+    with pytest.raises(
+        convpeft.AdapterFileError, match=r"layer \(Conv2d\): 4→6 2×2 s2 here, 4→6 2×2 s2 transposed in the file"
+    ):
         convpeft.load_adapter(other, path, any_base=True)
     assert same_bits(before, bits(other))
 
@@ -113,4 +115,9 @@ def test_a_file_that_lies_about_its_kind_is_refused(tmp_path):
     lying = forged(
         path, tmp_path / "lie.safetensors", lambda m: m["layers"]["layer"].update(kind="conv_lora", options=options)
     )
-    assert_refused(lying, "layer layer: kind 'conv_lora' serves no ConvTranspose2d", net(UPSAMPLE), any_base=True)
+    assert_refused(
+        lying,
+        "layer \(ConvTranspose2d\) cannot take kind 'conv_lora': beside a layer it serves Conv2d, Linear",
+        net(UPSAMPLE),
+        any_base=True,
+    )

@@ -15,7 +15,7 @@ from torch import nn
 pytest.importorskip("ultralytics")
 
 import convpeft
-from convpeft import chains
+from convpeft.hosts.chains import attach_chains
 from convpeft.integrations.ultralytics import fuse
 from examples.yolo_world.model import decode
 
@@ -137,7 +137,7 @@ def test_chains_beside_and_after_one_layer_are_refused():
     model = merged({"match": NECK, "kind": "rep_mona", "rank": 2}, form="factored")
     conv = model.get_submodule("model.15.cv2.conv")
     later = nn.Conv2d(conv.out_channels, conv.out_channels, 1, bias=False).double()
-    chains.hang(conv, [nn.Sequential(later)], beside=False)
+    attach_chains(conv, [nn.Sequential(later)], beside=False)
     assert_passed_by(model, r"model\.15\.cv2\.conv")
 
 

@@ -1,14 +1,20 @@
-"""The adapter kinds: importing this package registers the built-in ones."""
+"""The adapter kinds, a file each: what they compute, which layers they refuse, and the plain convolutions they equal.
 
-from ..adding import Host
-from .base import Adapter, AdapterOptions, Place, Site
+Nothing here knows of models; ``hosts`` and the rooms above it import this one. Importing it registers every kind.
+"""
+
+from .base import Adapter, Host, Place, Site
 from .bottleneck import Bottleneck
 from .conv_lora import ConvLora
 from .hierarchical import Hierarchical
 from .lora import Lora
 from .moe_rep_mona import MoeRepMona
 from .mona import Mona
+from .options import AdapterOptions
+from .peft_kinds import register as _register_peft
 from .rep_mona import RepMona
+
+_register_peft()
 
 __all__ = [
     "Adapter",

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..registry import register_adapter
-from .base import Adapter, AdapterOptions, Site, positive, probability
+from .base import Adapter, Site
+from .options import AdapterOptions, positive, probability
+from .registry import register_adapter
 
 
 @dataclass(frozen=True)

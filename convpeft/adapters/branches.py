@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..geometry import ConvGeometry
+from ..convolution.geometry import ConvGeometry, Pair
+from ..convolution.kernels import embed_on_grid
 from .base import exact
 
 
@@ -47,6 +50,22 @@ class Branch(nn.Module):
         gain = exact(self.norm.weight) / (exact(self.norm.running_var) + self.norm.eps).sqrt()
         shift = exact(self.norm.bias) + (bias - exact(self.norm.running_mean)) * gain
         return weight * gain.view(-1, 1, 1, 1), shift
+
+
+def sum_of_kernels(branches: Iterable[Branch], host_size: Pair, size: Pair) -> Tensor:
+    """Return the one depthwise kernel, ``(rank, 1, *size)``, whose convolution is the sum of the branches'.
+
+    Args:
+        branches: without norms; their biases are not part of it.
+        host_size: the kernel size of the host, whose output grid the branches run on.
+        size: of the result.
+    """
+    return reduce(torch.add, [embed_on_grid(branch.weight, host_size, size) for branch in branches])
+
+
+def is_traced(x: Any) -> bool:
+    """Return whether ``x`` is part of a trace, which cannot tell the size of a kernel that is computed."""
+    return x.__class__ is not Tensor or torch.jit.is_tracing()
 
 
 def shared_rank(host: ConvGeometry, rank: int) -> int:

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..lean import convolve_trained
-from ..registry import register_adapter
-from .base import AdapterOptions, Site, positive, probability
+from ..convolution.nodes import convolve_trained
+from .base import Site
 from .branches import shared_rank
 from .gating import RoutedAdapter, Router, weigh_by_group
+from .options import AdapterOptions, positive, probability
+from .registry import register_adapter
 
 
 @dataclass(frozen=True)

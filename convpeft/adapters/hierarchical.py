@@ -17,8 +17,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..registry import register_adapter
-from .base import Adapter, AdapterOptions, Site, positive, probability
+from .base import Adapter, Site
+from .options import AdapterOptions, positive, probability
+from .registry import register_adapter
 
 
 @dataclass(frozen=True)

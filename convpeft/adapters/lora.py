@@ -13,15 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..adding import Host
+from ..convolution.geometry import PLAIN_HOSTS
+from ..convolution.kernels import Chain, ConvKernel, compose_pointwise, embed_on_grid
+from ..convolution.low_rank import Factors, UpdateForm, cheapest
+from ..convolution.nodes import convolve_trained
 from ..errors import NotMergeable
-from ..geometry import PLAIN_HOSTS
-from ..kernels import Chain, ConvKernel, compose_pointwise, embed_on_grid
-from ..lean import convolve_trained
-from ..low_rank import Factors, Form, cheapest
-from ..registry import register_adapter
-from .base import Adapter, AdapterOptions, Site, exact, positive, probability
+from .base import Adapter, Host, Site, exact
 from .dora import magnitude_ratio
+from .options import AdapterOptions, positive, probability
+from .registry import register_adapter
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Lora(Adapter):
     places = ("parallel", "output")
     hosts = PLAIN_HOSTS
     Options = LoraOptions
-    form: Form | None
+    form: UpdateForm | None
 
     def __init__(self, site: Site, options: LoraOptions) -> None:
         super().__init__(site, options)
@@ -154,19 +154,15 @@ class Lora(Adapter):
         product = compose_pointwise(up, down, self.site.geometry.groups) * self.scale
         return product if product.shape[2:] == size else embed_on_grid(product, size, size)
 
-    def chain_beside(self, host: ConvKernel) -> Chain:
-        """Return ``W' - W`` of a DoRA; plain LoRA ignores the host."""
+    def chain(self, host: ConvKernel | None = None) -> Chain:
+        """Return A, then the scaled B; for DoRA the one kernel ``W' - W``."""
         if not self.options.dora:
-            return self.chain()
+            return (
+                ConvKernel(exact(self.down), None, self.down_geometry),
+                ConvKernel(exact(self.up) * self.scale, None, self.up_geometry),
+            )
+        if host is None:
+            raise NotMergeable("dora has no kernel of its own: it depends on the layer's weight, chain(host)")
         product = self._kernel(exact(self.down), exact(self.up))
         ratio = magnitude_ratio(host.weight, product, exact(self.magnitude)).view(-1, 1, 1, 1)
         return (ConvKernel((ratio - 1) * host.weight + ratio * product, None, host.geometry),)
-
-    def chain(self) -> Chain:
-        """Return A, then the scaled B."""
-        if self.options.dora:
-            raise NotMergeable("dora has no kernel of its own: it depends on the layer's weight (chain_beside)")
-        return (
-            ConvKernel(exact(self.down), None, self.down_geometry),
-            ConvKernel(exact(self.up) * self.scale, None, self.up_geometry),
-        )

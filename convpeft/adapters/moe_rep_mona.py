@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..lean import convolve_trained
-from ..registry import register_adapter
-from .base import AdapterOptions, Site, odd_kernels, positive, probability
+from ..convolution.nodes import convolve_trained
+from .base import Site
 from .branches import Branch, shared_rank
 from .gating import RoutedAdapter, Router, weigh_by_group
+from .options import AdapterOptions, odd_kernels, positive, probability
+from .registry import register_adapter
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ arXiv:2408.08345 (CVPR 2025).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -16,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import NotMergeable
-from ..kernels import embed_on_grid
-from ..registry import register_adapter
-from .base import Adapter, AdapterOptions, Site, exact, odd_kernels, positive, probability
-from .branches import Branch
+from .base import Adapter, Site
+from .branches import Branch, is_traced, sum_of_kernels
+from .options import AdapterOptions, odd_kernels, positive, probability
+from .registry import register_adapter
 
 _NORM_START = 1e-6  # of s1: the norm joins in slowly, as in the authors' code
 
@@ -54,8 +52,8 @@ class Mona(Adapter):
     for each channel; ``d(h) = mean_k DW_k(h) + h`` sees several scales; ``p(h) = M h + h`` mixes channels. D, M and U
     are 1x1; U starts at zero, so ``f`` does.
 
-    Its norm and its GELU keep it from being a convolution. Between the two, ``folded`` makes one depthwise convolution
-    of ``d`` and one 1x1 of ``p``.
+    Its norm and its GELU keep it from being a convolution. Its branches run as one depthwise convolution with the mean of
+    their kernels, in training too.
 
     Reference: arXiv:2408.08345, eq. 2-4 and fig. 4.
     """
@@ -73,6 +71,7 @@ class Mona(Adapter):
         self.down = nn.Conv2d(channels, rank, 1)
         grid = site.geometry.with_channels(rank, rank, groups=rank)
         self.branches: Any = nn.ModuleList(Branch(grid.resized((k, k)), bias=True) for k in options.kernel_sizes)
+        self.inner = grid.resized((max(options.kernel_sizes),) * 2)
         self.mix = nn.Conv2d(rank, rank, 1)
         self.dropout = nn.Dropout(options.dropout)
         self.up = nn.Conv2d(rank, channels, 1)
@@ -99,47 +98,13 @@ class Mona(Adapter):
         return (normed + pixels * self.input_scale).movedim(-1, -3)
 
     def _linear_part(self, hidden: Tensor) -> Tensor:
-        """Return ``p(d(hidden))``."""
-        if self.is_folded:
-            return self.mix(self.branches[0](hidden))
-        scales = [branch(hidden) for branch in self.branches]
-        hidden = reduce(torch.add, scales) / len(scales) + hidden
+        """Return ``p(d(hidden))``, the mean of the branches as one depthwise convolution."""
+        if is_traced(hidden):
+            mean = reduce(torch.add, [branch(hidden) for branch in self.branches]) / len(self.branches)
+        else:
+            host = self.site.geometry.kernel_size
+            kernel = sum_of_kernels(self.branches, host, self.inner.kernel_size) / len(self.branches)
+            bias = reduce(torch.add, [branch.bias for branch in self.branches]) / len(self.branches)
+            mean = self.inner.convolve(hidden, kernel, bias)
+        hidden = mean + hidden
         return self.mix(hidden) + hidden
-
-    def foldable(self) -> str | None:
-        """Say what ``folded`` folds."""
-        if self.is_folded:
-            return None
-        count, side = len(self.options.kernel_sizes), max(self.options.kernel_sizes)
-        what = "the branch" if count == 1 else f"{count} branches"
-        return (
-            f"{what} with the inner residual fold into one depthwise {side}×{side}, and the mixing 1×1 with its residual into "
-            "one 1×1; the norm, the two projections and the GELU stay"
-        )
-
-    def folded(self) -> Mona:
-        """Return a float64 copy whose branches are one depthwise convolution and whose mixing takes its residual in.
-
-        Raises:
-            NotMergeable: if it is folded already.
-        """
-        if self.is_folded:
-            raise NotMergeable("this adapter is folded already")
-        result = copy.deepcopy(self).to(torch.float64)
-        grid = self.site.geometry
-        side = max(self.options.kernel_sizes)
-        kernels = [branch.kernel() for branch in self.branches]
-        placed = [embed_on_grid(weight, grid.kernel_size, (side, side)) for weight, _ in kernels]
-        weight = reduce(torch.add, placed) / len(placed)
-        weight[:, :, side // 2, side // 2] += 1
-        bias = reduce(torch.add, [bias for _, bias in kernels]) / len(kernels)
-        one = Branch(self.branches[0].geometry.resized((side, side)), bias=True).to(weight)
-        mix = exact(self.mix.weight) + torch.eye(self.options.rank).to(weight)[:, :, None, None]
-        with torch.no_grad():
-            one.weight.copy_(weight)
-            one.bias.copy_(bias)  # type: ignore[union-attr]
-            result.mix.weight.copy_(mix)
-        trains = self.mix.weight.requires_grad
-        result.branches = nn.ModuleList([one.requires_grad_(trains).train(self.training)])
-        result.is_folded = True
-        return result

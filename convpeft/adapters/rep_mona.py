@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Chain, ConvKernel, compose_pointwise, embed_on_grid
-from ..lean import convolve_trained
-from ..registry import register_adapter
-from .base import Adapter, AdapterOptions, Site, exact, odd_kernels, positive, probability
-from .branches import Branch, shared_rank
+from ..convolution.kernels import Chain, ConvKernel, compose_pointwise, embed_on_grid
+from ..convolution.nodes import convolve_trained
+from .base import Adapter, Site, exact
+from .branches import Branch, is_traced, shared_rank, sum_of_kernels
+from .options import AdapterOptions, odd_kernels, positive, probability
+from .registry import register_adapter
 
 _DENSE = 16  # up to this width one dense convolution takes less time than a depthwise and a 1x1 one, measured
 
@@ -81,10 +82,10 @@ class RepMona(Adapter):
         )
         largest = inner.covering(*((k, k) for k in options.kernel_sizes))
         alike = largest.kernel_size == (max(options.kernel_sizes),) * 2 and not host.shift_when_grown()
-        self.together = largest if alike and not options.branch_norm else None
-        is_small = self.together is not None and groups == 1 and rank <= _DENSE
+        self.one_pass = largest if alike and not options.branch_norm else None
+        is_small = self.one_pass is not None and groups == 1 and rank <= _DENSE
         self.dense = replace(largest, groups=1) if is_small else None
-        self.form = "one kernel" if is_small else "one pass" if self.together is not None else "branches"
+        self.form = "one kernel" if is_small else "one pass" if self.one_pass is not None else "branches"
         self.mix = nn.Parameter(torch.empty(self.mix_geometry.weight_shape()))
         self.up = nn.Parameter(torch.zeros(self.up_geometry.weight_shape()))
         self.scale = nn.Parameter(torch.full((1,), options.scale))
@@ -106,20 +107,18 @@ class RepMona(Adapter):
 
     def _mixed(self, hidden: Tensor) -> Tensor:
         """Return ``M(sum_k DW_k h) + h``: with one kernel, or one pass for all branches, where no norm is in between."""
-        traced = hidden.__class__ is not Tensor or torch.jit.is_tracing()  # which cannot tell a computed kernel's size
-        if self.together is None or traced:
+        if self.one_pass is None or is_traced(hidden):
             scales = reduce(torch.add, [branch(hidden) for branch in self.branches])
             return self.mix_geometry.convolve(scales, self.mix) + self.centre.sample(hidden)
-        size = self.together.kernel_size
-        kernel = reduce(torch.add, [self._place(branch.weight, size) for branch in self.branches])
+        size = self.one_pass.kernel_size
+        kernel = sum_of_kernels(self.branches, self.site.geometry.kernel_size, size)
         if self.dense is None:
-            return self.mix_geometry.convolve(self.together.convolve(hidden, kernel), self.mix) + self.centre.sample(
-                hidden
-            )
+            scales = self.one_pass.convolve(hidden, kernel)
+            return self.mix_geometry.convolve(scales, self.mix) + self.centre.sample(hidden)
         identity = torch.eye(len(kernel), device=kernel.device).to(kernel.dtype)[..., None, None]
         return self.dense.convolve(hidden, torch.addcmul(self._place(identity, size), self.mix, kernel.transpose(0, 1)))
 
-    def chain(self) -> Chain:
+    def chain(self, host: ConvKernel | None = None) -> Chain:
         """Return D with every row twice, a depthwise convolution by ``sum_k DW_k`` and ``centre`` in turn, and U with M in it.
 
         Twice the rows are cheaper than two filters for each channel, for which kernels of depthwise convolutions do not serve.

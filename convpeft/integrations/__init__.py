@@ -1,1 +1,4 @@
-"""One file per framework, each imported by the user who needs it; nothing in the core imports them."""
+"""One file for each framework that convpeft is at home in; the framework is imported when first needed.
+
+Stands on top: nothing else in the package imports it.
+"""

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import hosting
 from ..adapters.base import exact
-from ..chains import AFTER, BESIDE, allow_fusing, carries_chains
 from ..errors import HostError
+from ..hosts.chains import AFTER, BESIDE, allow_fusing, carries_chains
+from ..hosts.modules import base_class
+from ..hosts.slots import slots_of
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -32,9 +33,9 @@ def fuse(model: nn.Module) -> nn.Module:
         HostError: if the model is still adapted, has no ``fuse``, or fusing it would pass a chain by; the text names the
             layers, and the model is unchanged.
     """
-    if any(hosting.slots_of(module) is not None for module in model.modules()):
+    if any(slots_of(module) is not None for module in model.modules()):
         raise HostError(
-            f"this {hosting.base_class(model).__name__} still carries adapters, which fusing would lose. Call "
+            f"this {base_class(model).__name__} still carries adapters, which fusing would lose. Call "
             "convpeft.merge(model) first and fuse what it returns; the model is unchanged."
         )
     if not callable(getattr(type(model), "fuse", None)):

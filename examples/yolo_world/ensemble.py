@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 import convpeft
 from convpeft import hosting
-from convpeft.kernels import Chain, ConvKernel
-from convpeft.state import adapter_at, module_at, require_state, slots_at
+from convpeft.convolution.kernels import Chain, ConvKernel
+from convpeft.hosts.model import adapter_at, module_at, require_state, slots_at
 
 from .common import (
     DATA_OPTIONS,

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import convpeft
-from convpeft.chains import carries_chains
+from convpeft.hosts.chains import carries_chains
 from convpeft.integrations.ultralytics import fuse
 
 from .checkpoint import write_atomically

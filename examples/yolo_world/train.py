@@ -336,7 +336,7 @@ def learn(
 
 def convpeft_spec(model: nn.Module, name: str) -> dict[str, Any]:
     """Return the spec an adapter of the model came from, as plain data."""
-    from convpeft.state import record_of, require_state
+    from convpeft.hosts.model import record_of, require_state
 
     return json.loads(json.dumps(record_of(require_state(model)[1], name).spec))
 

@@ -27,7 +27,7 @@ from filelock import FileLock
 from torch import nn
 
 import convpeft
-from convpeft.registry import LEAVE, adapter_class
+from convpeft.adapters.registry import LEAVE, adapter_class
 
 from .checkpoint import write_atomically
 from .common import CommandError, Data, Session, load_base, load_data, load_spec, open_session, run_command

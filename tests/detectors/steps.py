@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import convpeft
-from convpeft.matching import matches
+from convpeft.planning.globs import matches
 
 from ..cases import assert_relative, bits, same_bits
 from .zoo import FAMILIES, Subject

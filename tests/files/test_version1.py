@@ -26,7 +26,9 @@ def contents(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def test_every_kind_of_this_code_has_a_file():
-    kinds = {layer.kind for path in FOLDER.glob("*.safetensors") for layer in convpeft.inspect_adapter(path).layers.values()}
+    kinds = {
+        layer.kind for path in FOLDER.glob("*.safetensors") for layer in convpeft.inspect_adapter(path).layers.values()
+    }
     assert kinds >= set(convpeft.adapter_kinds()) - {"channel_bias"}
     assert {path.stem for path in FOLDER.glob("*.safetensors")} == set(SPECS)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convpeft.matching import matches
+from convpeft.planning.globs import matches
 
 CLASSES = 4
 

@@ -1,0 +1,121 @@
+"""Options of adapter kinds: frozen dataclasses, checked against their annotations when a spec or a file is read."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from typing import Any, Literal
+
+from ..errors import OptionError, closest
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The options of a kind: a frozen dataclass; the annotations are checked, ``problems`` checks the rest."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield one sentence for each value that is out of range."""
+        return iter(())
+
+
+def positive(options: AdapterOptions, *names: str) -> Iterator[str]:
+    """Yield a sentence for each named option that is not above zero."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            yield f"{name} must be above 0, not {value!r}"
+
+
+def probability(options: AdapterOptions, *names: str) -> Iterator[str]:
+    """Yield a sentence for each named option outside ``[0, 1)``."""
+    for name in names:
+        value = getattr(options, name)
+        if not 0 <= value < 1:
+            yield f"{name} must be at least 0 and below 1, not {value!r}"
+
+
+def odd_kernels(sizes: tuple[int, ...]) -> Iterator[str]:
+    """Yield a sentence for each problem of a list of branch kernel sizes."""
+    if not sizes:
+        yield "kernel_sizes must name at least one size"
+    for size in sizes:
+        if size < 1 or size % 2 == 0:
+            yield f"kernel_sizes must be odd and at least 1 (a centre is needed), not {size}"
+
+
+def read_options(
+    kind: str, options: type[AdapterOptions], raw: Mapping[str, Any]
+) -> tuple[AdapterOptions | None, list[OptionError]]:
+    """Return the checked options of a kind, or None and every problem found.
+
+    Args:
+        kind: its name, for the problems.
+        options: its class of options.
+        raw: the options as a spec file gives them; lists stand for tuples.
+    """
+    known = {field.name: field for field in fields(options)}
+    hints = hints_of(options)  # type: ignore[arg-type]
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        given: Any = tuple(value) if isinstance(value, list) else value
+        if key not in known:
+            near = closest(key, known)
+            hint = f"Closest: {near}. " if near else ""
+            problems.append(f"unknown key {key!r} for kind {kind!r}. {hint}Its options: {', '.join(known) or 'none'}.")
+        elif not fits(given, hints[key]):
+            problems.append(f"{key} of kind {kind!r} must be {_say(hints[key])}, not {given!r}")
+        else:
+            values[key] = float(given) if hints[key] is float else given
+    missing = [key for key, field in known.items() if _required(field) and key not in raw]
+    problems += [f"kind {kind!r} needs the key {key!r}" for key in missing]
+    checked = None if problems else options(**values)
+    if checked is not None:
+        problems = [f"kind {kind!r}: {problem}" for problem in checked.problems()]
+    return (None if problems else checked), [OptionError(problem) for problem in problems]
+
+
+@cache
+def hints_of(kind: Any) -> dict[str, Any]:
+    """Return the annotations of a dataclass as types."""
+    return typing.get_type_hints(kind)
+
+
+def _required(field: Any) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Return whether a value read from a file is of an annotated type; a whole number is a float too, a bool is no number."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(item, arguments[0]) for item in value)
+    if hint is float:
+        return (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and abs(value) != float("inf")
+            and value == value
+        )
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _say(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_say(argument) for argument in arguments)
+    if origin is tuple:
+        return f"a list of {_say(arguments[0])}"
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", type(None): "null"}
+    return names.get(hint, str(hint))

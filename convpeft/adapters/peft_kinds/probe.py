@@ -1,0 +1,193 @@
+"""Whether a peft method is what it says on a layer of some shape: tried out once, before anything is touched."""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...convolution.geometry import ConvGeometry, random_input
+from .layers import change_of, stand_in, without_host, wrap
+
+_TOLERANCE = 1e-9  # relative to the largest output, in float64
+
+_MOST = 2**26  # parameters and buffers of one adapter: half a gigabyte in float64
+
+
+class _Seen(Exception):  # not an error of ours: the sentence a refusal is made of
+    """What was seen of a method that must not be passed on."""
+
+
+@lru_cache(maxsize=512)
+def probe(method: str, settings: tuple[tuple[str, Any], ...], shape: ConvGeometry) -> str | None:
+    """Try a method on a plain layer of this shape and return why it cannot be used there, or None when it can.
+
+    Six things must hold, in float64: peft builds a layer with these very options; it starts the same whatever the
+    layer's weight; fresh it changes nothing, to the bit; every parameter learns; with random parameters peft's own
+    forward, in training too, is the convolution with the changed weight; and its tensors, saved and loaded into another
+    such layer, make the same change there. The layer tried has no padding, stride or dilation: peft's
+    forwards differ there from the layer they wrap, and convpeft does not use them.
+
+    Args:
+        method: of peft.
+        settings: its options, as ``(name, value)`` pairs.
+        shape: channels, kernel and groups of the layer.
+    """
+    options = dict(settings)
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            _check_size(method, options, shape)
+            _check_options(method, options, shape)
+            _check_start(method, options, shape)
+            _check_fresh(method, options, shape)
+            _check_forward(method, options, shape)
+            _check_round_trip(method, options, shape)
+    except _Seen as seen:
+        return str(seen)
+    return None
+
+
+def _build(method: str, options: dict[str, Any], shape: ConvGeometry, seed: int) -> tuple[nn.Module, nn.Module]:
+    """Return peft's layer around a float64 layer with random weights, and that layer."""
+    torch.manual_seed(seed)
+    host = stand_in(shape).double()
+    torch.manual_seed(0)
+    try:
+        return wrap(method, options, host).double(), host
+    except Exception as error:  # whatever peft raises, the plan says it
+        raise _Seen(f"peft's {method} does not serve it: {_one_line(error)}") from error
+
+
+def _check_size(method: str, options: dict[str, Any], shape: ConvGeometry) -> None:
+    try:
+        with torch.device("meta"):
+            draft = without_host(wrap(method, options, stand_in(shape)))
+    except Exception:  # not all methods can be built without memory; the next check says what is wrong with the others
+        return
+    count = sum(tensor.numel() for tensor in draft.state_dict().values())
+    if count > _MOST:
+        raise _Seen(f"peft's {method} would need {count:,} numbers here; at most {_MOST:,} are allowed for one layer")
+
+
+def _check_options(method: str, options: dict[str, Any], shape: ConvGeometry) -> None:
+    """Refuse options that peft would change on its own, with a warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _build(method, options, shape, 0)
+    changed = [str(entry.message) for entry in caught if "djusted" in str(entry.message)]
+    if changed:
+        raise _Seen(f"peft's {method} would not take the options as they are: {' '.join(changed[0].split())}")
+
+
+def _check_start(method: str, options: dict[str, Any], shape: ConvGeometry) -> None:
+    """Refuse methods that begin from the layer's own weight: an adapter is made, and loaded, without seeing it."""
+    first, second = (_own(_build(method, options, shape, seed)[0]) for seed in (1, 2))
+    differ = [key for key in first if key not in second or not torch.equal(first[key], second[key])]
+    if differ:
+        raise _Seen(
+            f"peft's {method} starts from the layer's own weight ({differ[0]} depends on it), which an adapter file does not hold"
+        )
+
+
+def _check_fresh(method: str, options: dict[str, Any], shape: ConvGeometry) -> None:
+    wrapped, host = _build(method, options, shape, 1)
+    weight, bias = _detached(host)
+    trainable = [name for name, p in wrapped.named_parameters() if p.requires_grad and "base_layer" not in name]
+    if not trainable:
+        raise _Seen(f"peft's {method} has nothing to learn here")
+    change = _change(method, without_host(wrapped), weight, bias)
+    parts = [part for part in change if part is not None]
+    largest = max(float(part.detach().abs().max()) for part in parts)
+    if largest != 0:
+        raise _Seen(
+            f"peft's {method} is not the identity when fresh: it changes the weight by up to {largest:.3g}, where the "
+            f"largest weight is {float(weight.abs().max()):.3g}"
+        )
+
+
+def _check_forward(method: str, options: dict[str, Any], shape: ConvGeometry) -> None:
+    wrapped, host = _build(method, options, shape, 1)
+    weight, bias = _detached(host)
+    generator = torch.Generator().manual_seed(0)
+    _shake(wrapped, generator)
+    x = random_input(shape, max(shape.kernel_size) + 2, generator)
+    try:
+        with torch.no_grad():
+            theirs = wrapped.train()(x)
+            wrapped.eval()
+    except Exception as error:
+        raise _Seen(
+            f"peft's own {method} layer fails on an input of shape {tuple(x.shape)}: {_one_line(error)}"
+        ) from error
+    method_layer = without_host(wrapped)
+    change = _change(method, method_layer, weight, bias)
+    _check_gradients(method, method_layer, [part for part in change if part is not None])
+    with torch.no_grad():
+        changed_bias = bias if change.bias is None else bias + change.bias
+        ours = shape.convolve(x, (weight + change.weight).reshape(shape.weight_shape()), changed_bias)
+    if theirs.shape != ours.shape:
+        raise _Seen(f"peft's {method} changes the output's shape: {tuple(theirs.shape)}, not {tuple(ours.shape)}")
+    difference, scale = float((theirs - ours).abs().max()), float(ours.abs().max())
+    if not difference <= _TOLERANCE * scale:
+        raise _Seen(
+            f"peft's {method} does not compute the convolution with its changed weight: its output differs by "
+            f"{difference:.3g}, where the largest is {scale:.3g}"
+        )
+
+
+def _shake(wrapped: nn.Module, generator: torch.Generator) -> None:
+    """Move every parameter of the method's own off its start, in place."""
+    for name, parameter in wrapped.named_parameters():
+        if "base_layer" not in name:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data = parameter.data.double() + 0.1 * noise
+
+
+def _check_round_trip(method: str, options: dict[str, Any], shape: ConvGeometry) -> None:
+    """Refuse methods that keep something of themselves outside their parameters and buffers."""
+    wrapped, host = _build(method, options, shape, 1)
+    weight, bias = _detached(host)
+    _shake(wrapped, torch.Generator().manual_seed(0))
+    torch.manual_seed(7)  # another start: all that matters must come from the saved tensors
+    saved, other = without_host(wrapped), without_host(wrap(method, options, stand_in(shape).double()).double())
+    other.load_state_dict(saved.state_dict())
+    for before, after in zip(_change(method, saved, weight, bias), _change(method, other, weight, bias), strict=True):
+        if before is not None and not torch.equal(before, after):
+            raise _Seen(
+                f"peft's {method} keeps a random choice outside its tensors, so a saved adapter would come back another"
+            )
+
+
+def _check_gradients(method: str, wrapped: nn.Module, parts: list[Tensor]) -> None:
+    parameters = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    total = sum(part.square().sum() for part in parts)
+    if not isinstance(total, Tensor) or not total.requires_grad:
+        raise _Seen(f"peft's {method} gives its parameters no gradient through its changed weight")
+    grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    dead = [name for name, grad in zip(parameters, grads, strict=True) if grad is None]
+    if dead:
+        raise _Seen(f"peft's {method} does not use {', '.join(dead)} in its changed weight, so it would never learn")
+
+
+def _change(method: str, wrapped: nn.Module, weight: Tensor, bias: Tensor) -> Any:
+    try:
+        return change_of(method, wrapped, weight, bias)
+    except Exception as error:
+        raise _Seen(f"peft's {method} gives no changed weight here: {_one_line(error)}") from error
+
+
+def _own(wrapped: nn.Module) -> dict[str, Tensor]:
+    tensors = [*wrapped.named_parameters(), *wrapped.named_buffers()]
+    return {name: tensor.detach() for name, tensor in tensors if "base_layer" not in name}
+
+
+def _detached(host: Any) -> tuple[Tensor, Tensor]:
+    return host.weight.detach().clone(), host.bias.detach().clone()
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")

@@ -1,0 +1,173 @@
+"""Load an adapter file: what it says becomes planned layers, which go the way of every ``inject``; all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..adapters.options import read_options
+from ..adapters.registry import adapter_class
+from ..convolution.geometry import ConvGeometry
+from ..errors import AdapterFileError, BaseMismatch, SpecError, shortened
+from ..hosts.model import unwrapped
+from ..hosts.modules import base_modules, unique_modules
+from ..hosts.records import AdapterRecord
+from ..hosts.slots import BASE, base_class
+from ..hosts.unfrozen import tensors_of
+from ..injection.install import Built, build, check_name, install
+from ..planning.bypasses import bypassed
+from ..planning.plan import PlannedLayer
+from ..planning.sites import Sites, Wanted, half_shared, lazy_modules
+from .fingerprints import digest, fingerprint
+from .header import ADAPTER, OWN, AdapterFile, inspect_adapter, tensor_key
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def load_adapter(
+    model: nn.Module, path: str | Path, *, name: str | None = None, any_base: bool = False, lean: bool = True
+) -> AdapterFile:
+    """Put the adapter of a file into the model in place, make it the active one, and return what the file says.
+
+    All or nothing: the file's structure, everything that ``plan`` would refuse on this model, the base's digests, every
+    shape, and the digest of the tensors are checked before the first change.
+
+    Args:
+        model: the base the adapter was trained on, with or without other adapters.
+        path: of the file.
+        name: to give it here; unset, the one it was saved under.
+        any_base: accept a base with other weights (the layers' shapes must fit all the same).
+        lean: see ``inject``.
+
+    Raises:
+        AdapterFileError: if the file is damaged or does not fit; the text says which layers.
+        BaseMismatch: if the base has other weights; its ``layers`` are exactly those that differ.
+        StateError: if the name is taken.
+    """
+    path, root = Path(path), unwrapped(model)
+    file = inspect_adapter(path)
+    name = file.name if name is None else name
+    check_name(root, name)
+    modules = dict(base_modules(root))
+    sites = _sites(root, modules, file, path, trusting=not any_base)
+    if not any_base:
+        _check_base(root, file, path)
+    _check_tensors(modules, sites, file, path)
+    built = _built(modules, sites.layers, file, path, keep_dtype=not any_base)
+    install(root, name, AdapterRecord(file.spec, file.layers, file.owned, file.norm), built, lean=lean)
+    return file
+
+
+def _sites(
+    root: nn.Module, modules: Mapping[str, nn.Module], file: AdapterFile, path: Path, *, trusting: bool
+) -> Sites:
+    """Return the planned layers of a file, or raise an AdapterFileError with everything that keeps one off this model."""
+    unique = dict(unique_modules(root))
+    problems = [f"{key}: not in this model" for key in [*file.layers, *file.owned] if key not in modules]
+    problems += filter(None, [lazy_modules(unique)])
+    wanted = list(_wanted(modules, file, problems))
+    sites = Sites(root, wanted, bypassed(unique.values()), trusting=trusting)
+    problems += sites.problems + half_shared(modules, file.owned)
+    if problems:
+        raise AdapterFileError(
+            f"{path} does not fit this {base_class(root).__name__}; the model is unchanged. {'; '.join(problems[:12])}"
+        )
+    return sites
+
+
+def _wanted(modules: Mapping[str, nn.Module], file: AdapterFile, problems: list[str]) -> Iterator[Wanted]:
+    """Yield the adapters of a file whose module is there; ``problems`` takes what is wrong with the others."""
+    first: dict[int, str] = {}
+    for name, record in file.layers.items():
+        module = modules.get(name)
+        if module is None:
+            continue
+        if first.setdefault(id(module), name) != name:
+            problems.append(f"{name}: the same module as {first[id(module)]} here, and another one in the file")
+            continue
+        try:
+            options, found = read_options(record.kind, adapter_class(record.kind).Options, record.options)
+        except SpecError as error:  # no such kind here
+            options, found = None, [error]  # type: ignore[list-item]
+        problems += [f"{name}: {problem}" for problem in found]
+        if options is not None:
+            geometry = ConvGeometry.from_dict(record.geometry)
+            place: Any = record.place
+            numbers = (record.rule, record.lr_mult, record.output)
+            yield Wanted(name, module, "", record.kind, place, options, *numbers, None, geometry)
+
+
+def _check_base(root: nn.Module, file: AdapterFile, path: Path) -> None:
+    here = fingerprint(root)
+    differ = [key for key in {**file.base, **here} if file.base.get(key) != here.get(key)]
+    if differ:
+        raise BaseMismatch(
+            f"{path} was made on another base: {len(differ)} of {len(here)} layers differ ({shortened(differ)}); the model is "
+            "unchanged. Load the base's own checkpoint first; any_base=True takes the adapter as it is.",
+            differ,
+        )
+
+
+def _check_tensors(modules: Mapping[str, nn.Module], sites: Sites, file: AdapterFile, path: Path) -> None:
+    """Raise an AdapterFileError for a file whose tensors are not exactly those that its layers need."""
+    wanted: dict[str, Tensor] = {}
+    for layer in sites.layers:
+        draft = sites.draft(layer.kind, layer.site, layer.options)
+        wanted.update({tensor_key(ADAPTER, layer.name, key): tensor for key, tensor in draft.state_dict().items()})
+    for name in file.owned:
+        own = tensors_of(modules[name], BASE)
+        wanted.update({tensor_key(OWN, name, key): tensor for key, tensor in own.items()})
+    problems = [f"{key} is missing" for key in wanted if key not in file.tensors]
+    problems += [f"{key} is not expected" for key in file.tensors if key not in wanted]
+    for key in wanted.keys() & file.tensors.keys():
+        (shape, saved), here = file.tensors[key], wanted[key]
+        if shape != tuple(here.shape):
+            problems.append(f"{key} is {shape} in the file, {tuple(here.shape)} here")
+        dtype = _DTYPES.get(saved)
+        if dtype is None or (dtype != here.dtype and not (dtype.is_floating_point and here.is_floating_point())):
+            problems.append(f"{key} has dtype {saved} in the file, {str(here.dtype).removeprefix('torch.')} here")
+    if problems:
+        raise AdapterFileError(
+            f"{path}: {len(problems)} tensors do not fit; the model is unchanged. {'; '.join(problems[:12])}"
+        )
+
+
+def _built(
+    modules: Mapping[str, nn.Module], layers: list[PlannedLayer], file: AdapterFile, path: Path, *, keep_dtype: bool
+) -> Built:
+    """Return what is to be installed, with the file's tensors: in their dtype on the very base, else in that of the model."""
+    tensors = _read(path, file)
+
+    def saved(key: str, old: Tensor) -> Tensor:
+        made = tensors[key].to(old.device, tensors[key].dtype if keep_dtype else old.dtype, copy=True)
+        if made.dtype != tensors[key].dtype and not torch.equal(made.isfinite().cpu(), tensors[key].isfinite()):
+            raise AdapterFileError(f"{path}: {key} overflows {made.dtype}; the model is unchanged")
+        return made
+
+    with torch.random.fork_rng(devices=[]):
+        built = build(modules, layers, file.owned, lambda name, key, old: saved(tensor_key(OWN, name, key), old))
+    for name, adapter in built.adapters.items():
+        for key, tensor in adapter.state_dict(keep_vars=True).items():
+            tensor.data = saved(tensor_key(ADAPTER, name, key), tensor)
+    return built
+
+
+def _read(path: Path, file: AdapterFile) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in file.tensors}
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{path} is damaged: {error}") from error
+    if digest(sorted(tensors.items())) != file.content:
+        raise AdapterFileError(
+            f"{path}: its tensors are not the ones that were saved (digest differs); the model is unchanged"
+        )
+    return tensors

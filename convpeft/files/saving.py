@@ -1,0 +1,96 @@
+"""Write an adapter file: one safetensors file with tensors and one JSON text, in one step; no pickle, ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from ..errors import AdapterFileError, StateError
+from ..hosts.model import AdaptedModel
+from ..hosts.unfrozen import check_tensors_present
+from .fingerprints import ALGORITHM, digest, fingerprint, plain
+from .header import ADAPTER, FORMAT, METADATA, OWN, VERSION, seal, tensor_key
+
+
+def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path:
+    """Write one adapter, with every tensor it unfroze, to a safetensors file, and return the path.
+
+    The file is written beside its final place and then moved there in one step: a crash leaves the old file. Of a model
+    that FSDP2 shards, all processes have to call this together.
+
+    Args:
+        model: an injected model.
+        path: of the file; its folder is made if need be.
+        name: of the adapter; unset, the only one, or the only active one.
+
+    Raises:
+        StateError: if nothing is injected, it is not clear which adapter is meant, or a tensor of it is gone.
+        AdapterFileError: if the file cannot be written.
+    """
+    adapted = AdaptedModel.of(model)
+    state = adapted.state
+    if name is None:
+        names = list(state.adapters) if len(state.adapters) == 1 else list(state.active)
+        if len(names) != 1:
+            raise StateError(f"which adapter? Say name=..., one of: {', '.join(state.adapters)}")
+        name = names[0]
+    record = adapted.record(name)
+    check_tensors_present({key: (adapted.module(key), None) for key in record.owned})
+    tensors = {key: plain(tensor) for key, tensor in _tensors(adapted, name)}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": name,
+        "spec": record.spec,
+        "layers": {key: asdict(layer) for key, layer in record.layers.items()},
+        "owned": record.owned,
+        "norm": record.norm,
+        "base": {"algorithm": ALGORITHM, "layers": fingerprint(adapted.root)},
+        "content": digest(sorted(tensors.items())),
+        "torch": torch.__version__.split("+")[0],
+    }
+    text = json.dumps({**metadata, "seal": seal(json.loads(json.dumps(metadata)))})
+    path = Path(path)
+    _write(path, safetensors_bytes({key: tensor.clone() for key, tensor in tensors.items()}, {METADATA: text}))
+    return path
+
+
+def _tensors(adapted: AdaptedModel, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of an adapter by its key in a file."""
+    for layer, adapter in adapted.adapters(name):
+        for key, tensor in adapter.state_dict().items():
+            yield tensor_key(ADAPTER, layer, key), tensor
+    for module, own in adapted.unfrozen(name):
+        for key, tensor in own.items():
+            yield tensor_key(OWN, module, key), tensor
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write bytes beside the path, flush them to the disk, and move them there in one step."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
+        ) as file:
+            temporary = file.name
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise AdapterFileError(f"{path} cannot be written: {error}") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)

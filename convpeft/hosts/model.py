@@ -1,0 +1,179 @@
+"""One handle on an adapted model: its root module, the records of what is injected, and the modules behind the names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ..adapters.base import Adapter
+from ..errors import StateError, UnknownAdapter, closest
+from .records import AdapterRecord, ModelState
+from .slots import Slots, slots_of
+from .swap import adapt, check_restorable, restore
+from .unfrozen import remove_owner, tensors_of
+
+ATTRIBUTE = "_convpeft_state"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module that was given to ``inject``, behind DDP, ``torch.compile`` and outer modules; else ``model``."""
+    if ATTRIBUTE in model.__dict__:
+        return model
+    found = [module for module in model.modules() if ATTRIBUTE in module.__dict__]
+    if len(found) > 1:
+        raise StateError(
+            f"{len(found)} parts of this {type(model).__name__} have adapters of their own: name one of them"
+        )
+    return found[0] if found else model
+
+
+@dataclass
+class AdaptedModel:
+    """A model with adapters in it. Make one for each use: modules that were looked up once are not looked up again.
+
+    Attributes:
+        root: the module that was given to ``inject``.
+        state: the records, kept in an attribute of the root.
+
+    Example:
+        >>> import torch, convpeft
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))
+        >>> _ = convpeft.inject(model, {"rules": [{"match": "0", "kind": "lora", "rank": 2}]}, name="screw")
+        >>> [(layer, adapter.kind) for layer, adapter in convpeft.AdaptedModel.of(model).adapters("screw")]
+        [('0', 'lora')]
+    """
+
+    root: nn.Module
+    state: ModelState
+    _found: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def find(cls, model: nn.Module) -> AdaptedModel | None:
+        """Return the handle of a model, or None when nothing is injected."""
+        root = unwrapped(model)
+        state = root.__dict__.get(ATTRIBUTE)
+        return None if state is None else cls(root, state)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> AdaptedModel:
+        """Return the handle of a model with adapters.
+
+        Raises:
+            StateError: if nothing is injected.
+        """
+        found = cls.find(model)
+        if found is None:
+            raise StateError(f"this {type(model).__name__} has no adapters: convpeft.inject(model, spec) puts them in")
+        return found
+
+    def record(self, name: str) -> AdapterRecord:
+        """Return the record of an adapter.
+
+        Raises:
+            UnknownAdapter: with the names there are.
+        """
+        adapters = self.state.adapters
+        if name not in adapters:
+            near = closest(name, adapters, 1)
+            hint = f" Did you mean {near!r}?" if near else ""
+            raise UnknownAdapter(f"no adapter is named {name!r}; there are: {', '.join(adapters) or 'none'}.{hint}")
+        return adapters[name]
+
+    def module(self, name: str) -> nn.Module:
+        """Return the user's module of that name (the root for the empty name).
+
+        Raises:
+            StateError: if the model was changed and it is gone.
+        """
+        if name not in self._found:
+            module: nn.Module | None = self.root
+            for part in name.split(".") if name else ():
+                module = module._modules.get(part)  # type: ignore[union-attr]  # faster than get_submodule
+                if module is None:
+                    raise StateError(
+                        f"{name!r} was adapted and is no longer in the model: it was changed after inject()"
+                    )
+            self._found[name] = module  # type: ignore[assignment]
+        return self._found[name]
+
+    def slots(self, name: str) -> Slots:
+        """Return the slots of the swapped module of that name.
+
+        Raises:
+            StateError: if the module is gone, or was replaced by another.
+        """
+        module = self.module(name)
+        slots = slots_of(module)
+        if slots is None:
+            raise StateError(f"{name!r} was adapted and has been replaced by a plain {type(module).__name__}")
+        return slots
+
+    def adapter(self, layer: str, name: str) -> Adapter:
+        """Return the adapter called ``name`` on a layer.
+
+        Raises:
+            StateError: if it is gone.
+        """
+        adapter = self.slots(layer).get(name)
+        if not isinstance(adapter, Adapter):
+            raise StateError(f"{layer!r} has lost its adapter {name!r}: it was changed after inject()")
+        return adapter
+
+    def adapters(self, name: str) -> Iterator[tuple[str, Adapter]]:
+        """Yield the adapters of one name with the names of their layers."""
+        return ((layer, self.adapter(layer, name)) for layer in self.record(name).layers)
+
+    def unfrozen(self, name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield each module that an adapter unfroze, by name, with the adapter's own values of its tensors."""
+        return ((key, tensors_of(self.module(key), name)) for key in self.record(name).owned)
+
+    def touched(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        """Return, by name, every module that one of the named adapters sits on or unfroze."""
+        records = [self.record(name) for name in names]
+        return {key: self.module(key) for record in records for key in (*record.layers, *record.owned)}
+
+    def require_hosts(self) -> None:
+        """Raise a StateError that names a swapped module which is gone, or was replaced by another; else do nothing."""
+        for name in self.state.swapped:
+            self.slots(name)
+
+    def require_unrouted(self) -> None:
+        """Raise a StateError inside ``route``, where each sample has adapters of its own; else do nothing."""
+        if self.state.routed is not None:
+            raise StateError("the model is inside convpeft.route(...): leave that block before you change its adapters")
+
+    def check_restorable(self) -> None:
+        """Raise if some swapped module cannot get its own class back; asked before anything is touched.
+
+        Raises:
+            StateError: if one is gone or was replaced.
+            HostError: if one was extended, or its forward replaced, after ``inject``.
+        """
+        self.require_hosts()
+        for name in self.state.swapped:
+            check_restorable(name, self.module(name))
+
+    def swap(self, name: str) -> Slots:
+        """Swap the class of the user's module of that name, in place, and return its slots."""
+        if name not in self.state.swapped:
+            slots = adapt(self.module(name))
+            self.state.swapped.append(name)
+            return slots
+        return self.slots(name)
+
+    def restore(self, names: Iterable[str]) -> None:
+        """Give swapped modules their own classes back, in place."""
+        for name in list(names):
+            restore(self.module(name))
+            self.state.swapped.remove(name)
+
+    def take_out(self, name: str, layers: Iterable[str]) -> None:
+        """Take an adapter out of some modules, its values of their tensors included, in place; the record stays."""
+        for layer in layers:
+            module = self.module(layer)
+            slots = slots_of(module)
+            if slots is not None:
+                slots.take_out(name)
+                remove_owner(module, name)

@@ -1,0 +1,100 @@
+"""The user's modules: all of them by name, what they are like, and copies of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .slots import SLOT, base_class, slots_of
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def base_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return every module of the user's with its name, all names of a shared one, none of convpeft's."""
+    mark = f".{SLOT}."
+    return [
+        (name, module)
+        for name, module in root.named_modules(remove_duplicate=False)
+        if mark not in f".{name}." or not _is_ours(root, name)
+    ]
+
+
+def unique_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the user's modules, each once, under its first name."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in base_modules(root):
+        found.setdefault(id(module), (name, module))
+    return list(found.values())
+
+
+def _is_ours(root: nn.Module, name: str) -> bool:
+    """Return whether a name with a part ``convpeft`` leads into our child (a user may have a module of that name)."""
+    module: nn.Module = root
+    for part in name.split("."):
+        if part == SLOT and slots_of(module) is not None:
+            return True
+        child = module._modules.get(part)
+        if child is None:
+            return False
+        module = child
+    return False
+
+
+def is_within(name: str, above: str) -> bool:
+    """Return whether a module name is ``above`` itself or a name below it; everything is within the root, ``""``.
+
+    Example:
+        >>> is_within("neck.conv.1", "neck.conv"), is_within("neck.conv2", "neck.conv"), is_within("neck", "")
+        (True, False, True)
+    """
+    return not above or name == above or name.startswith(above + ".")
+
+
+def is_batchnorm_like(module: nn.Module) -> bool:
+    """Return whether the module keeps running statistics that training changes (BatchNorm, SyncBN, timm's)."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return True
+    buffers = dict(module._buffers.items())  # a TorchScript module has no dict here
+    return all(buffers.get(name) is not None for name in ("running_mean", "running_var"))
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Return whether a module runs its children in turn, as ``nn.Sequential`` itself does, and has any."""
+    return getattr(base_class(module), "forward", None) is nn.Sequential.forward and len(module) > 0  # type: ignore[arg-type]
+
+
+def device_and_dtype(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return device and dtype of the first floating parameter or buffer found, torch's defaults without any."""
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.get_default_dtype()
+
+
+def deep_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
+    """Return a deep copy, also of a module that keeps a tensor of autograd's graph, which ``copy.deepcopy`` refuses.
+
+    ``weight_norm``, ``spectral_norm`` and ``prune`` of ``torch.nn.utils`` keep the weight of the last pass as a plain
+    attribute and compute it anew before each pass; the copy starts with its value, outside the graph.
+
+    Args:
+        module: stays as it is.
+        memo: of ``copy.deepcopy``: what each object became, by ``id``.
+    """
+    memo = {} if memo is None else memo
+    for part in module.modules():
+        for value in part.__dict__.values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+def exact_copies(modules: Sequence[Module]) -> list[Module]:
+    """Return copies in float64 on the CPU and in eval mode; their hooks stay, for a hook may change what they compute."""
+    return [deep_copy(module).to(device="cpu", dtype=torch.float64).eval() for module in modules]

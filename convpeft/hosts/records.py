@@ -1,0 +1,74 @@
+"""Records of what is injected where: plain data in an attribute of the root module, so that copies carry them along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class LayerRecord:
+    """One adapter on one layer, as plain data.
+
+    Attributes:
+        kind, place, options: what makes the adapter.
+        geometry: of its site, as ``ConvGeometry.to_dict`` gives it.
+        output: the adapted entry of the module's output, or None.
+        lr_mult: relative learning rate.
+        rule: number of the rule that asked for it.
+    """
+
+    kind: str
+    place: str
+    options: dict[str, Any]
+    geometry: dict[str, Any]
+    output: int | str | None = None
+    lr_mult: float = 1.0
+    rule: int = 0
+
+
+@dataclass
+class AdapterRecord:
+    """One adapter of the model, over all its layers.
+
+    Attributes:
+        spec: the spec it came from, as plain data.
+        layers: by module name.
+        owned: names of modules whose tensors the adapter brings its own values of, with their relative learning rate.
+        norm: the norm policy while it is active.
+    """
+
+    spec: dict[str, Any]
+    layers: dict[str, LayerRecord]
+    owned: dict[str, float]
+    norm: str = "frozen"
+
+
+@dataclass
+class ModelState:
+    """All adapters of one model, and what has to be given back when they go.
+
+    Attributes:
+        adapters: by name, in the order of arrival.
+        active: names of the active ones.
+        trained: names of those whose parameters require gradients: the active ones, outside of ``using``.
+        requires_grad: what each of the user's parameters was set to before the first injection.
+        swapped: names of all modules whose class is swapped.
+        norms: names of all BatchNorm-like modules.
+        held: whether these are held in eval mode now; None before the first switch.
+        routed: names of the adapters that samples go through inside ``route``; else None.
+    """
+
+    adapters: dict[str, AdapterRecord] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    swapped: list[str] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)
+    held: bool | None = None
+    routed: tuple[str, ...] | None = None
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """Names of the adapters that take part in a forward pass now."""
+        return self.active if self.routed is None else self.routed

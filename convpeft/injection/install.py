@@ -1,0 +1,188 @@
+"""Build what a plan asks for, and put it into the model: all of it, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.base import Adapter
+from ..adapters.registry import adapter_class
+from ..errors import HostError, StateError
+from ..hosts.guards import can_be_lean, fusing_methods, swap_refusal
+from ..hosts.model import ATTRIBUTE, AdaptedModel
+from ..hosts.modules import device_and_dtype, is_batchnorm_like, is_within, unique_modules
+from ..hosts.records import AdapterRecord, ModelState
+from ..hosts.slots import BASE, StoredTensors, base_class, slots_of
+from ..hosts.swap import adapt, restore, wants_training
+from ..hosts.unfrozen import remove_owner, tensors_of
+from ..planning.plan import PlannedLayer
+from .switching import switch, train_only
+
+_FORBIDDEN = set("./\\ \t\n")
+
+
+@dataclass
+class Built:
+    """Everything that one adapter brings, made before the model is touched.
+
+    Attributes:
+        adapters: by layer.
+        tensors: its own values of unfrozen modules, by module.
+    """
+
+    adapters: dict[str, Adapter]
+    tensors: dict[str, StoredTensors]
+
+
+def check_name(root: nn.Module, name: str) -> None:
+    """Raise a StateError if an adapter cannot be called ``name``, or the model has one of that name."""
+    if not isinstance(name, str) or not name or name.startswith("_") or set(name) & _FORBIDDEN:
+        raise StateError(
+            f"{name!r} is no adapter name: use a text without dots, slashes or blanks that does not begin with '_'"
+        )
+    handle = AdaptedModel.find(root)
+    if handle is not None and name in handle.state.adapters:
+        raise StateError(
+            f"an adapter {name!r} is already in the model. Take another name, or convpeft.eject(model, {name!r}) first."
+        )
+
+
+def build(
+    modules: Mapping[str, nn.Module],
+    layers: Sequence[PlannedLayer],
+    unfrozen: Iterable[str],
+    value_of: Callable[[str, str, Tensor], Tensor] | None = None,
+) -> Built:
+    """Return the adapters of planned layers and the values of unfrozen modules, each on the device of its module.
+
+    Args:
+        modules: of the model, by name.
+        layers: to adapt.
+        unfrozen: names of modules that train along. A tensor that two of them share stays one tensor.
+        value_of: gives a value from the names of module and tensor, and the base's own; unset, a copy of the base's own.
+    """
+    adapters: dict[str, Adapter] = {}
+    for layer in layers:
+        host = modules[layer.name]
+        device, dtype = device_and_dtype(host, modules[""])
+        with torch.device(device):
+            adapter = adapter_class(layer.kind)(layer.site, layer.options)
+        adapters[layer.name] = adapter.to(dtype=dtype).train(wants_training(host))
+    made: dict[int, Tensor] = {}
+    stores: dict[str, StoredTensors] = {}
+    for name in unfrozen:
+        stores[name] = store = StoredTensors()
+        for key, tensor in tensors_of(modules[name], BASE).items():
+            is_parameter = isinstance(tensor, nn.Parameter)
+            if id(tensor) not in made:
+                value = tensor.detach().clone() if value_of is None else value_of(name, key, tensor)
+                made[id(tensor)] = nn.Parameter(value, value.is_floating_point()) if is_parameter else value
+            place: dict = store._parameters if is_parameter else store._buffers
+            place[key] = made[id(tensor)]
+    return Built(adapters, stores)
+
+
+def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, lean: bool) -> None:
+    """Put built parts into the model under ``name`` and make it the active adapter, in place, or change nothing.
+
+    Raises:
+        StateError: if the model is part of one that has adapters, or is routed.
+        HostError: if a module does not allow its class to be swapped.
+    """
+    model = AdaptedModel.find(root)
+    modules = unique_modules(root)
+    before = Rollback(root, model, modules)
+    if model is None:
+        if before.lean:
+            raise StateError(
+                f"this {base_class(root).__name__} is part of a model that has adapters already, or a copy of such "
+                "a part. Inject into that model, with patterns for this part, or eject its adapters first."
+            )
+        flags = {key: p.requires_grad for key, p in root.named_parameters(remove_duplicate=False)}
+        norms = [key for key, module in modules if is_batchnorm_like(module)]
+        model = AdaptedModel(root, ModelState(requires_grad=flags, norms=norms))
+    state = model.state
+    model.require_unrouted()
+    wanted = {key: model.module(key) for key in _to_swap(modules, state, record, lean)}
+    for key, module in wanted.items():
+        refusal = swap_refusal(module)
+        if refusal:
+            raise HostError(f"{key or '(root)'} ({base_class(module).__name__}): {refusal}")
+    model.require_hosts()
+    try:
+        present = set(state.swapped)
+        for key, module in wanted.items():
+            adapt(module)
+            if key not in present:
+                state.swapped.append(key)
+        for key, adapter in built.adapters.items():
+            model.slots(key).put(name, adapter, record.layers[key].output)
+        for key, tensors in built.tensors.items():
+            model.slots(key).put_owner(name, tensors)
+        for key in state.swapped:
+            model.slots(key).lean = lean
+        state.adapters[name] = record
+        root.__dict__[ATTRIBUTE] = state
+        for parameter in root.parameters():
+            parameter.requires_grad_(False)
+        switch(model, (name,))
+        train_only(model, state.active)
+    except BaseException:
+        before.give_back(name)
+        raise
+
+
+def _to_swap(
+    modules: Sequence[tuple[str, nn.Module]], state: ModelState, record: AdapterRecord, lean: bool
+) -> dict[str, None]:
+    """Return the names of all modules whose class must be swapped, in order.
+
+    Those are hosts, unfrozen modules, norms, and parents whose methods could fuse hosts away; with ``lean``, frozen
+    layers that can save less for backward.
+    """
+    wanted = dict.fromkeys([*record.layers, *record.owned, *state.norms])
+    if lean:
+        wanted.update({key: None for key, module in modules if can_be_lean(module)})
+    for key, module in modules:
+        if fusing_methods(module) and any(is_within(host, key) for host in record.layers):
+            wanted[key] = None
+    return wanted
+
+
+class Rollback:
+    """What an install that fails half-way has to give back."""
+
+    def __init__(self, root: nn.Module, model: AdaptedModel | None, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        self.root, self.model = root, model
+        self.active, self.trained = ((), ()) if model is None else (model.state.active, model.state.trained)
+        self.requires_grad = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+        slots = {id(module): slots_of(module) for _, module in modules}
+        self.lean = {key: each.lean for key, each in slots.items() if each is not None}
+
+    def give_back(self, name: str) -> None:
+        """Take the adapter ``name`` out again, in place, and leave everything else as it was before the install."""
+        if self.model is not None:
+            self.model.state.held = None  # whatever was held or let go in between
+            switch(self.model, self.active)
+        for key, module in unique_modules(self.root):
+            slots = slots_of(module)
+            if slots is None:
+                continue
+            slots.take_out(name)
+            remove_owner(module, name)
+            if id(module) in self.lean:
+                slots.lean = self.lean[id(module)]
+            else:
+                restore(module)
+                if self.model is not None and key in self.model.state.swapped:
+                    self.model.state.swapped.remove(key)
+        if self.model is None:
+            self.root.__dict__.pop(ATTRIBUTE, None)
+        else:
+            self.model.state.adapters.pop(name, None)
+            self.model.state.trained = self.trained
+        for parameter, flag in self.requires_grad:
+            parameter.requires_grad_(flag)

@@ -1,0 +1,144 @@
+"""From a spec and a model to a plan: what each module would get. Finds every problem; touches nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..adapters.options import AdapterOptions, read_options
+from ..adapters.registry import adapter_class
+from ..errors import PatternError, SpecError, raise_problems
+from ..hosts.model import unwrapped
+from ..hosts.modules import is_batchnorm_like, is_within
+from ..hosts.slots import base_class
+from .bypasses import bypassed
+from .plan import Plan
+from .selection import Candidate, Selection
+from .sites import Sites, Wanted, half_shared, lazy_modules, own_parameters
+from .spec import Spec, SpecLike, as_spec
+
+
+def plan(model: nn.Module, spec: SpecLike, *, example_inputs: Any = None) -> Plan:
+    """Return what ``inject`` would do, printable; the model is not touched.
+
+    Args:
+        model: any module.
+        spec: a ``Spec``, plain data, or the path of a spec file.
+        example_inputs: inputs to run a copy of the model on where only that tells the channels of a block's output.
+
+    Raises:
+        SpecError: all problems of the spec at once (a subclass when all are of one sort).
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+        >>> plan(model, {"rules": [{"match": "0", "kind": "lora", "rank": 2}]}).adapter_parameters
+        70
+    """
+    return make_plan(unwrapped(model), as_spec(spec), example_inputs)
+
+
+def make_plan(root: nn.Module, spec: Spec, example_inputs: Any = None) -> Plan:
+    """Return the plan of a spec for the module that is to hold the records.
+
+    Raises:
+        SpecError: all problems at once (a ``PatternError`` when all are of patterns, and so on).
+    """
+    heading = f"cannot plan for this {base_class(root).__name__}"
+    selection = Selection(root, spec)
+    modules = {name: candidate.module for name, candidate in selection.by_name.items()}
+    lazy = lazy_modules(modules)
+    if lazy:
+        raise SpecError(f"{heading}: {lazy}")
+    selection.deal()
+    sites = Sites(root, _wanted(selection), bypassed(modules.values()), example_inputs)
+    problems = [*selection.check.problems, *selection.problems, *map(SpecError, sites.problems)]
+    owned = _unfrozen(selection, problems)
+    raise_problems([*problems, *map(SpecError, half_shared(modules, owned))], heading)
+    base = {id(p): p.numel() for module in modules.values() for p in own_parameters(module)}
+    trained = {id(p): p.numel() for name in owned for p in own_parameters(modules[name]) if p.is_floating_point()}
+    return Plan(
+        base_class(root).__name__,
+        tuple(sites.layers),
+        owned,
+        tuple(selection.shadowed),
+        tuple(selection.left),
+        spec.norm,
+        sum(base.values()),
+        sum(trained.values()),
+        spec.to_dict(),
+    )
+
+
+def _wanted(selection: Selection) -> list[Wanted]:
+    """Return the adapters that the rules ask for."""
+    options: dict[int, AdapterOptions] = {}
+    wanted: list[Wanted] = []
+    for candidate, number, rule, place in selection.chosen:
+        if number not in options:
+            read, _ = read_options(rule.kind, adapter_class(rule.kind).Options, rule.options)
+            assert read is not None  # a rule with problems is dealt nothing
+            options[number] = read
+        wanted.append(
+            Wanted(
+                candidate.name,
+                candidate.module,
+                f"rule {number}: ",
+                rule.kind,
+                place,
+                options[number],
+                number,
+                float(rule.lr_mult),
+                rule.output,
+                rule.channels,
+            )
+        )
+    return wanted
+
+
+def _unfrozen(selection: Selection, problems: list[SpecError]) -> dict[str, float]:
+    """Return the modules with tensors of their own that train along, with their relative learning rates.
+
+    Args:
+        selection: of the spec's patterns.
+        problems: takes what is wrong.
+    """
+    owned: dict[str, float] = {}
+    for number, entry in enumerate(selection.spec.entries, 1):
+        label, earlier = f"unfreeze {number}", set(owned)
+        if label in selection.check.unresolved:
+            continue
+        before = len(selection.problems)
+        excluded = [pattern[1:] for _, pattern in selection.spec.resolve(entry.match) if pattern.startswith("!")]
+        for written, _, matched in selection.select(entry.match, label):
+            below = [
+                each
+                for each in selection.candidates
+                if _trains(each.module) and any(_is_below(each, top) for top in matched)
+            ]
+            names = [each.name for each in below if not any(each.matched_by(pattern) for pattern in excluded)]
+            if not names:
+                problems.append(PatternError(f"{label}: nothing that {written!r} matches has parameters to unfreeze"))
+            elif earlier.issuperset(names):
+                problems.append(
+                    PatternError(
+                        f"{label}: {written!r} gets nothing, because earlier unfreeze entries already took all of it"
+                    )
+                )
+            for name in names:
+                owned.setdefault(name, float(entry.lr_mult))
+        problems += selection.problems[before:]
+    if selection.spec.norm == "adapt":
+        for candidate in selection.candidates:
+            if is_batchnorm_like(candidate.module):
+                owned.setdefault(candidate.name, 1.0)
+    return owned
+
+
+def _is_below(candidate: Candidate, top: Candidate) -> bool:
+    return any(is_within(name, above) for name in candidate.names for above in top.names)
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.is_floating_point() for parameter in own_parameters(module))

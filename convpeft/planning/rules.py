@@ -1,0 +1,270 @@
+"""The lines of a spec: rules that give modules adapters, and entries that unfreeze modules; each checks itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..adapters.options import read_options
+from ..adapters.registry import LEAVE, adapter_class
+from ..convolution.geometry import PLAIN_HOSTS, ConvGeometry
+from ..errors import OptionError, PatternError, SpecError, closest
+from ..hosts.slots import base_class
+from .globs import compile_glob
+
+WHERE = {
+    "min_channels": "a whole number",
+    "max_channels": "a whole number",
+    "kernel_size": "a whole number or two",
+    "groups": "a whole number",
+    "depthwise": "true or false",
+}
+
+_RULE_KEYS = ("match", "kind", "place", "only", "where", "lr_mult", "channels", "output")
+
+
+def as_patterns(match: str | Iterable[str]) -> tuple[str, ...]:
+    """Return one pattern, or several, as a tuple."""
+    return tuple(match) if isinstance(match, Iterable) and not isinstance(match, str) else (match,)
+
+
+class Rule:
+    """One line of a spec: the modules that match get adapters of a kind. The first rule that matches a module wins.
+
+    Args:
+        match: a glob over dotted module names, or a list of them; ``!`` excludes, ``@name`` is an alias.
+        kind: a registered adapter kind, or ``"leave"`` (match, and give nothing).
+        place: ``"parallel"`` or ``"output"``; unset, the kind's own: beside the layers it serves where it can,
+            on the output of blocks that are named exactly.
+        only: class names; only modules of these classes (or their subclasses) match.
+        where: further conditions: ``min_channels``, ``max_channels`` (of both sides), ``kernel_size``, ``groups``,
+            ``depthwise``.
+        lr_mult: learning rate of these adapters, relative to the rate given to ``param_groups``.
+        channels: of the module's output, for output adapters whose channels cannot be found out.
+        output: which entry of a tuple, list or dict output is adapted.
+        options: the kind's own options (``rank=8``).
+
+    Example:
+        >>> Rule("neck.**.conv", "rep_mona", rank=16)
+        Rule('neck.**.conv', 'rep_mona', rank=16)
+    """
+
+    def __init__(
+        self,
+        match: str | Iterable[str],
+        kind: str,
+        *,
+        place: str | None = None,
+        only: str | Iterable[str] = (),
+        where: Mapping[str, Any] | None = None,
+        lr_mult: float = 1.0,
+        channels: int | None = None,
+        output: int | str | None = None,
+        **options: Any,
+    ) -> None:
+        self.match = as_patterns(match)
+        self.kind = kind
+        self.place = place
+        self.only = as_patterns(only)
+        self.where = dict(where or {})
+        self.lr_mult = lr_mult
+        self.channels = channels
+        self.output = output
+        self.options = options
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rule as plain data, defaults left out."""
+        result: dict[str, Any] = {"match": shortest(self.match), "kind": self.kind}
+        defaults: dict[str, Any] = {
+            "place": None,
+            "only": (),
+            "where": {},
+            "lr_mult": 1.0,
+            "channels": None,
+            "output": None,
+        }
+        for key, default in defaults.items():
+            value = getattr(self, key)
+            if value != default:
+                result[key] = shortest(value) if isinstance(value, tuple) else value
+        if self.where:
+            result["where"] = _plain(self.where)
+        return {**result, **_plain(self.options)}
+
+    def passes(self, module: nn.Module) -> bool:
+        """Return whether a module that matches meets ``only`` and ``where`` as well."""
+        classes = {base.__name__ for base in base_class(module).__mro__}
+        if self.only and not classes & set(self.only):
+            return False
+        if not self.where:
+            return True
+        if not isinstance(module, PLAIN_HOSTS):
+            return False
+        geometry = ConvGeometry.of(module)
+        sides = (geometry.in_channels, geometry.out_channels)
+        size = self.where.get("kernel_size", geometry.kernel_size)
+        tests = {
+            "min_channels": lambda value: min(sides) >= value,
+            "max_channels": lambda value: max(sides) <= value,
+            "kernel_size": lambda value: (
+                geometry.kernel_size == ((size, size) if isinstance(size, int) else tuple(size))
+            ),
+            "groups": lambda value: geometry.groups == value,
+            "depthwise": lambda value: (geometry.groups > 1 and geometry.in_per_group == 1) == value,
+        }
+        return all(tests[key](value) for key, value in self.where.items())
+
+    def conditions(self) -> str:
+        """Return ``only`` and ``where`` in words."""
+        parts = [f"only: {', '.join(self.only)}"] if self.only else []
+        return "; ".join(parts + [f"{key}: {value}" for key, value in self.where.items()])
+
+    def problems(self, label: str) -> list[SpecError]:
+        """Return everything wrong with the rule, but for its patterns, that can be told without a model."""
+        found = _check_lr_mult(self.lr_mult, label)
+        if self.place not in (None, "parallel", "output"):
+            found.append(OptionError(f"{label}: place must be 'parallel' or 'output', not {self.place!r}"))
+        if self.channels is not None and not (_is_whole(self.channels) and self.channels > 0):
+            found.append(OptionError(f"{label}: channels must be a whole number above 0, not {self.channels!r}"))
+        if self.output is not None and not (_is_whole(self.output) or isinstance(self.output, str)):
+            found.append(OptionError(f"{label}: output must be an index or a key, not {self.output!r}"))
+        return found + _check_where(self.where, label) + self._kind_problems(label)
+
+    def _kind_problems(self, label: str) -> list[SpecError]:
+        if self.kind == LEAVE:
+            return [
+                OptionError(f"{label}: kind 'leave' takes no option {key!r}.{_nearest_rule_key(key)}")
+                for key in self.options
+            ]
+        try:
+            adapter = adapter_class(self.kind)
+        except SpecError as error:
+            return [type(error)(f"{label}: {error}")]
+        found: list[SpecError] = []
+        if self.place in ("parallel", "output") and self.place not in adapter.places:
+            found.append(
+                OptionError(
+                    f"{label}: kind {self.kind!r} has no place {self.place!r}, only {', '.join(adapter.places)}"
+                )
+            )
+        for problem in read_options(self.kind, adapter.Options, self.options)[1]:
+            unknown = [key for key in self.options if f"unknown key {key!r}" in str(problem)]
+            found.append(OptionError(f"{label}: {problem}{_nearest_rule_key(unknown[0]) if unknown else ''}"))
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rule) and self.to_dict() == other.to_dict()
+
+    def __repr__(self) -> str:
+        rest = {key: value for key, value in self.to_dict().items() if key not in ("match", "kind")}
+        options = "".join(f", {key}={value!r}" for key, value in rest.items())
+        return f"Rule({shortest(self.match)!r}, {self.kind!r}{options})"
+
+
+@dataclass(frozen=True)
+class Unfreeze:
+    """Modules (with all below them) that train along; what they become belongs to the adapter.
+
+    Attributes:
+        match: globs as in a ``Rule``.
+        lr_mult: learning rate relative to the rate given to ``param_groups``.
+    """
+
+    match: tuple[str, ...]
+    lr_mult: float = 1.0
+
+    def __init__(self, match: str | Iterable[str], lr_mult: float = 1.0) -> None:
+        object.__setattr__(self, "match", as_patterns(match))
+        object.__setattr__(self, "lr_mult", lr_mult)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as plain data."""
+        return {"match": shortest(self.match)} | ({} if self.lr_mult == 1.0 else {"lr_mult": self.lr_mult})
+
+    def problems(self, label: str) -> list[SpecError]:
+        """Return everything wrong with the entry, but for its patterns, that can be told without a model."""
+        return _check_lr_mult(self.lr_mult, label)
+
+
+def shortest(values: tuple[Any, ...]) -> Any:
+    """Return a tuple as plain data: the value itself if it is the only one, else a list."""
+    return values[0] if len(values) == 1 else list(values)
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def _nearest_rule_key(unknown: str) -> str:
+    near = closest(unknown, _RULE_KEYS, 1)
+    return f" Or the rule's own key {near!r}?" if near else ""
+
+
+def is_text_or_texts(value: Any) -> bool:
+    """Return whether a value of a spec file is a text or a list of texts."""
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value))
+
+
+def check_patterns(patterns: Sequence[str], label: str) -> list[SpecError]:
+    """Return what is wrong with the globs of a rule or an entry, each with its label."""
+    found: list[SpecError] = []
+    positive = [pattern for pattern in patterns if not str(pattern).startswith("!")]
+    if not positive:
+        found.append(SpecError(f"{label} needs at least one pattern that is not an exclusion"))
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            found.append(OptionError(f"{label}: a pattern is a text, not {pattern!r}"))
+            continue
+        try:
+            if not pattern.removeprefix("!").startswith("@"):
+                compile_glob(pattern.removeprefix("!"))
+        except SpecError as error:
+            found.append(type(error)(f"{label}: {error}"))
+    return found
+
+
+def check_alias(name: str, patterns: Iterable[Any]) -> list[SpecError]:
+    """Return what is wrong with the globs of a named position."""
+    found: list[SpecError] = []
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            found.append(OptionError(f"alias '@{name}' must be a pattern or a list of patterns, not {pattern!r}"))
+            continue
+        if pattern.removeprefix("!").startswith("@"):
+            found.append(PatternError(f"alias '@{name}': {pattern!r} is another alias; write its patterns out"))
+            continue
+        try:
+            compile_glob(pattern.removeprefix("!"))
+        except SpecError as error:
+            found.append(type(error)(f"alias '@{name}': {error}"))
+    return found
+
+
+def _check_where(where: Mapping[str, Any], label: str) -> list[SpecError]:
+    found: list[SpecError] = []
+    for key, value in where.items():
+        if key not in WHERE:
+            near = closest(str(key), WHERE)
+            hint = f"Closest: {near}. " if near else ""
+            found.append(OptionError(f"{label}: unknown key {key!r} in where. {hint}Known: {', '.join(WHERE)}."))
+            continue
+        pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_whole, value))
+        number = _is_whole(value) or (key == "kernel_size" and pair)
+        fits = isinstance(value, bool) if key == "depthwise" else number
+        if not fits:
+            found.append(OptionError(f"{label}: {key} in where must be {WHERE[key]}, not {value!r}"))
+    return found
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_lr_mult(lr_mult: Any, label: str) -> list[SpecError]:
+    number = isinstance(lr_mult, (int, float)) and not isinstance(lr_mult, bool)
+    if number and 0 <= lr_mult < float("inf"):
+        return []
+    return [OptionError(f"{label}: lr_mult must be a number of at least 0, not {lr_mult!r}")]

@@ -1,0 +1,219 @@
+"""What a user writes: rules, what to unfreeze, and named positions. YAML, JSON, dicts or dataclasses, all the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import OptionError, SpecError, closest, raise_problems
+from .parsing import _entries, _rule, _unfreeze, _unknown_keys, read_data, read_spec
+from .rules import Rule, Unfreeze, as_patterns, check_alias, check_patterns
+
+VERSION = 1
+
+NORMS = ("frozen", "adapt")
+
+_SPEC_KEYS = ("version", "aliases", "rules", "unfreeze", "norm")
+
+
+@dataclass(frozen=True)
+class SpecCheck:
+    """What is wrong with a spec.
+
+    Attributes:
+        problems: everything that can be told without a model.
+        unresolved: labels of rules and entries whose patterns are no sound globs, or name an alias that there is not.
+        unsound: labels of rules and entries with any problem of their own.
+    """
+
+    problems: tuple[SpecError, ...]
+    unresolved: frozenset[str]
+    unsound: frozenset[str]
+
+
+@dataclass
+class Spec:
+    """All rules for one adapter.
+
+    Attributes:
+        rules: the first that matches a module wins.
+        unfreeze: what trains along; plain patterns are taken as entries.
+        norm: ``frozen`` holds every BatchNorm-like layer in eval mode; ``adapt`` lets all of them train, statistics
+            and affine, as part of the adapter.
+        aliases: named positions: name to patterns, used as ``@name``.
+
+    Example:
+        >>> Spec(rules=[Rule("**", "lora", rank=4)]).to_dict()
+        {'version': 1, 'rules': [{'match': '**', 'kind': 'lora', 'rank': 4}]}
+    """
+
+    rules: Sequence[Rule] = ()
+    unfreeze: Sequence[Unfreeze | str] = ()
+    norm: str = "frozen"
+    aliases: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rules = tuple(self.rules)
+        entries = (self.unfreeze,) if isinstance(self.unfreeze, (str, Unfreeze)) else self.unfreeze
+        self.unfreeze = tuple(entry if isinstance(entry, Unfreeze) else Unfreeze(entry) for entry in entries)
+        self.aliases = {name: as_patterns(value) for name, value in self.aliases.items()}
+
+    @classmethod
+    def load(cls, path: str | Path, *, aliases: str | Path | Mapping[str, Any] | None = None) -> Spec:
+        """Return the spec of a YAML or JSON file.
+
+        Args:
+            path: ends in ``.json`` for JSON; anything else is read as YAML.
+            aliases: a file (or mapping) of named positions; it wins over the spec's own.
+
+        Raises:
+            SpecError: if the file is unreadable or says something unknown; all problems at once.
+        """
+        data = read_spec(path)
+        if aliases is not None:
+            named = dict(aliases) if isinstance(aliases, Mapping) else read_data(aliases)
+            named = named.get("aliases", named) if isinstance(named, dict) else named
+            if not isinstance(named, dict):
+                raise SpecError(f"{aliases}: an alias file maps names to patterns")
+            own = data.get("aliases") or {}
+            if isinstance(own, dict):
+                data = {**data, "aliases": {**own, **{key: v for key, v in named.items() if key != "version"}}}
+        return cls.from_dict(data, source=str(path))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, source: str = "spec") -> Spec:
+        """Return the spec that plain data describes.
+
+        Raises:
+            SpecError: all problems at once: unknown keys with the nearest name, values of the wrong type.
+        """
+        spec, problems = cls._draft(data, source)
+        raise_problems([*problems, *spec.check(complete=not problems).problems], source)
+        return spec
+
+    @classmethod
+    def draft(cls, data: Mapping[str, Any]) -> Spec:
+        """Return the spec that plain data describes, its rules unchecked: ``problems`` tells what is wrong with them.
+
+        Raises:
+            SpecError: as ``from_dict`` does, if the data are not built like a spec.
+        """
+        spec, problems = cls._draft(data, "spec")
+        return cls.from_dict(data) if problems else spec
+
+    @classmethod
+    def _draft(cls, data: Mapping[str, Any], source: str) -> tuple[Spec, list[SpecError]]:
+        if not isinstance(data, Mapping):
+            raise SpecError(f"{source}: a spec is a mapping with 'rules', not {type(data).__name__}")
+        problems = _unknown_keys(data, _SPEC_KEYS, "the spec")
+        version = data.get("version", VERSION)
+        if version != VERSION:
+            problems.append(SpecError(f"version {version!r} is not known; this convpeft reads version {VERSION}"))
+        rules = [_rule(entry, f"rule {number}", problems) for number, entry in _entries(data, "rules", problems)]
+        unfreeze = [
+            _unfreeze(entry, f"unfreeze {number}", problems) for number, entry in _entries(data, "unfreeze", problems)
+        ]
+        aliases = data.get("aliases") or {}
+        if not isinstance(aliases, Mapping):
+            problems.append(SpecError("aliases must map names to patterns"))
+            aliases = {}
+        spec = cls(
+            [rule for rule in rules if rule],
+            [entry for entry in unfreeze if entry],
+            data.get("norm", "frozen"),
+            aliases,
+        )
+        return spec, problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the spec as plain data that ``from_dict`` reads back to an equal spec."""
+        result: dict[str, Any] = {"version": VERSION}
+        if self.aliases:
+            result["aliases"] = {name: list(patterns) for name, patterns in self.aliases.items()}
+        result["rules"] = [rule.to_dict() for rule in self.rules]
+        if self.unfreeze:
+            result["unfreeze"] = [entry.to_dict() for entry in self.entries]
+        if self.norm != "frozen":
+            result["norm"] = self.norm
+        return result
+
+    def save(self, path: str | Path) -> None:
+        """Write the spec as JSON (a path ending in ``.json``) or YAML."""
+        path, data = Path(path), self.to_dict()
+        text = json.dumps(data, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
+        path.write_text(text, encoding="utf-8")
+
+    @property
+    def entries(self) -> tuple[Unfreeze, ...]:
+        """What trains along, as entries."""
+        return tuple(entry for entry in self.unfreeze if isinstance(entry, Unfreeze))
+
+    def problems(self) -> list[SpecError]:
+        """Return everything wrong with the spec that can be told without a model."""
+        return list(self.check().problems)
+
+    def check(self, *, complete: bool = True) -> SpecCheck:
+        """Return what is wrong with the spec, and with which of its rules and entries.
+
+        Args:
+            complete: an empty spec is a problem, too.
+        """
+        aliases = [problem for name, patterns in self.aliases.items() for problem in check_alias(name, patterns)]
+        found: list[SpecError] = []
+        if self.norm not in NORMS:
+            found.append(OptionError(f"norm must be one of {', '.join(NORMS)}, not {self.norm!r}"))
+        if complete and not self.rules and not self.unfreeze and self.norm != "adapt":
+            found.append(SpecError("the spec has no rules and unfreezes nothing: nothing would train"))
+        found += aliases
+        unresolved, unsound = set(), set()
+        labelled: list[tuple[str, Rule | Unfreeze]] = [(f"rule {n}", rule) for n, rule in enumerate(self.rules, 1)]
+        labelled += [(f"unfreeze {n}", entry) for n, entry in enumerate(self.entries, 1)]
+        for label, entry in labelled:
+            patterns = check_patterns(entry.match, label) + self._alias_problems(entry.match, label)
+            others = entry.problems(label)
+            if patterns or aliases:
+                unresolved.add(label)
+            if patterns or others:
+                unsound.add(label)
+            found += patterns + others
+        return SpecCheck(tuple(found), frozenset(unresolved), frozenset(unsound))
+
+    def resolve(self, patterns: Iterable[str]) -> list[tuple[str, str]]:
+        """Return ``(as written, pattern)`` pairs with aliases replaced; an excluded alias excludes all it names."""
+        resolved: list[tuple[str, str]] = []
+        for written in patterns:
+            excluded, bare = ("!", written[1:]) if written.startswith("!") else ("", written)
+            if not bare.startswith("@"):
+                resolved.append((written, written))
+                continue
+            resolved += [(f"{written} = {pattern}", excluded + pattern) for pattern in self.aliases[bare[1:]]]
+        return resolved
+
+    def _alias_problems(self, patterns: Iterable[str], label: str) -> list[SpecError]:
+        found: list[SpecError] = []
+        bare = [str(pattern).removeprefix("!") for pattern in patterns]
+        for name in (pattern[1:] for pattern in bare if pattern.startswith("@")):
+            if name not in self.aliases:
+                near = closest(name, self.aliases)
+                hint = f"Closest: @{near}." if near else "Give aliases in the spec, or Spec.load(path, aliases=...)."
+                found.append(SpecError(f"{label}: no alias is named '@{name}'. {hint}"))
+        return found
+
+
+SpecLike = Spec | Mapping[str, Any] | str | Path
+
+
+def as_spec(spec: SpecLike) -> Spec:
+    """Return a ``Spec`` from a spec, plain data, or the path of a spec file; planning checks its rules."""
+    if isinstance(spec, Spec):
+        return spec
+    if isinstance(spec, Mapping):
+        return Spec.draft(spec)
+    if isinstance(spec, (str, Path)):
+        return Spec.draft(read_spec(spec))
+    raise SpecError(f"a spec is a Spec, a mapping or a path, not {type(spec).__name__}")
