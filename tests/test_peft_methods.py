@@ -14,7 +14,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 import convpeft
-from convpeft.adapters.peft_kinds import kinds, layers, probe
+from convpeft.adapters.peft_kinds import kinds, layers
+from convpeft.adapters.peft_kinds import probe as probing
 from convpeft.adapters.peft_kinds.probe import probe
 
 from .cases import (
@@ -83,7 +84,7 @@ IN_SHORT = pytest.mark.parametrize("kind", named([variant(method) for method in 
 
 def test_a_plan_made_without_gradients_says_the_same():
     model = net(LAYERS[0])
-    probe.probe.cache_clear()
+    probe.cache_clear()
     with torch.no_grad():
         assert convpeft.plan(model, {"rules": [{"match": "layer", "kind": "peft:loha", "r": 3}]}).layers
 
@@ -146,8 +147,8 @@ def test_fresh_is_the_identity_and_trained_is_pefts_weight_on_the_layers_geometr
 @pytest.mark.parametrize(("case", "kind"), named(SERVED))
 def test_merges_exactly_alone_and_beside_a_lora(case, kind):
     x = case.input()
-    for kinds in ((kind,), (kind, Variant("lora", "parallel", {"rank": 2, "dora": True}))):
-        model = shaken(case, *kinds)
+    for several in ((kind,), (kind, Variant("lora", "parallel", {"rank": 2, "dora": True}))):
+        model = shaken(case, *several)
         merged = convpeft.merge(model)
         with torch.no_grad():
             assert_relative(merged(x), model(x))
@@ -308,7 +309,7 @@ def test_saved_loaded_copied_and_pickled_is_the_same(kind, name, tmp_path):
 def test_a_base_loaded_later_and_an_unfrozen_host_are_read_as_they_are_then(kind):
     case = CASES["1x1"]
     x, kinds = case.input(), (kind,)
-    model = shaken(case, *kinds)
+    model = shaken(case, *several)
     base = net(case)
     model.load_state_dict(base.state_dict(), strict=True)
     weight, bias = merged_by_peft(model.layer, model.layer.convpeft.a)
@@ -413,11 +414,11 @@ def test_a_method_that_keeps_a_choice_outside_its_tensors_is_seen(monkeypatch):
         return layers.Change(change.weight * wrapped.choice, change.bias)
 
     shape = convpeft.ConvGeometry(4, 6, (3, 3))
-    probe._check_round_trip("loha", {"r": 2}, shape)
-    monkeypatch.setattr(probe, "wrap", wrap)
-    monkeypatch.setattr(probe, "change_of", change_of)
-    with pytest.raises(probe._Seen, match="keeps a random choice outside its tensors"):
-        probe._check_round_trip("loha", {"r": 2}, shape)
+    probing._check_round_trip("loha", {"r": 2}, shape)
+    monkeypatch.setattr(probing, "wrap", wrap)
+    monkeypatch.setattr(probing, "change_of", change_of)
+    with pytest.raises(probing._Seen, match="keeps a random choice outside its tensors"):
+        probing._check_round_trip("loha", {"r": 2}, shape)
 
 
 def test_randomised_buffers_still_merge():
