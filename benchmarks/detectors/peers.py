@@ -1,4 +1,4 @@
-"""peft and LyCORIS through the eyes of tests/detectors/steps.py, each at its best setting.
+"""peft and LyCORIS as libraries for the steps, each at its best setting.
 
 A library may leave layers out that it cannot adapt, so that one of them does not decide every step; only where every
 layer is the question (``all_layers``) it must take them all.
@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from tests.detectors.steps import RANK, layers_of
-from tests.detectors.zoo import Subject
+from .steps import RANK, layers_of
+from .zoo import Subject
 
 
 def adaptable(model: nn.Module, subject: Subject) -> dict[str, Any]:
