@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import subprocess
 import sys
@@ -227,7 +228,34 @@ def test_the_page_is_the_one_that_the_results_give(tmp_path):
     assert {path.name for path in tmp_path.glob("*.svg")} == {p.name for p in page.PICTURES.glob("benchmark-*.svg")}
 
 
-@pytest.mark.parametrize("script", ["", ".acceptance"])
+def imported_names(source: str) -> set[str]:
+    """Return the first part of every module that a source imports, at its top or later, by statement or by name."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module if node.module and not node.level else "benchmarks")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            names += [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+    return {str(name).partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import tests.cases", "def f():\n    from tests import cases", "importlib.import_module('tests.cases')"],
+)
+def test_an_import_of_tests_is_seen_wherever_it_stands(source):
+    assert "tests" in imported_names(source)
+
+
+def test_no_benchmark_imports_tests():
+    files = sorted((ROOT / "benchmarks").rglob("*.py"))
+    assert len(files) > 20
+    assert not [str(file) for file in files if "tests" in imported_names(file.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("script", ["", ".acceptance", ".detectors"])
 def test_help_costs_nothing(script):
     run = subprocess.run(
         [sys.executable, "-m", f"benchmarks{script}", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
