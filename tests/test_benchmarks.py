@@ -45,8 +45,8 @@ def results_of_a_step() -> list[Result]:
     shared = {"saved_bytes": 10, "trainable": 1}
     return [
         result(training_step.FULL, saved_ratio=1.0, **shared),
-        result(hot_spots.LORA, ratio=0.85, saved_ratio=0.7, **shared),
-        result(hot_spots.PEER, ratio=1.1, saved_ratio=1.0, **shared),
+        result(training_step.LORA, ratio=0.85, saved_ratio=0.7, **shared),
+        result(training_step.PEER, ratio=1.1, saved_ratio=1.0, **shared),
     ]
 
 
@@ -220,6 +220,12 @@ def test_every_job_has_a_script_and_a_section():
             assert (ROOT / "benchmarks" / f"{command[2].partition('.')[2]}.py").is_file()
             assert Path(command[-1]).name == (f"{job}@cuda.json" if device == "cuda" else f"{job}.json")
             assert job in {section.job for each in sections.PAGES for section in each.sections}
+
+
+@pytest.mark.parametrize("shown", sections.PAGES, ids=lambda shown: shown.file)
+def test_sections_of_a_page_have_anchors_of_their_own(shown):
+    anchors = [section.anchor(device) for section in shown.sections for device in page.DEVICES]
+    assert len(set(anchors)) == len(anchors)
 
 
 def test_a_failed_row_links_to_the_profile_where_there_is_one(tmp_path):
