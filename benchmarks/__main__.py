@@ -48,7 +48,9 @@ def command_of(job: str, device: str, results: Path) -> list[str]:
 
 def main() -> int:
     """Run, render, and name what failed; a missed row of the acceptance table is a result and no failure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=sorted({*CPU, *CUDA}), help="run these")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--render", action="store_true", help="run nothing; write the pages from the results there are")

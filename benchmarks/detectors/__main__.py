@@ -16,7 +16,7 @@ from .zoo import FAMILIES
 
 def main() -> None:
     """Run the families asked for; write the page when that is all of them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser("python -m benchmarks.detectors", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), help="print the tables of these alone")
     chosen = parser.parse_args().families
     torch.set_num_threads(1)

@@ -21,7 +21,7 @@ def same_bits(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
 
 
 def assert_relative(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    """Compare whole tensors: the largest difference against the largest value."""
+    """Raise where two tensors differ by more than ``tolerance`` times the largest expected value."""
     assert actual.shape == expected.shape
     difference, scale = float((actual - expected).abs().max()), float(expected.abs().max())
     assert difference <= tolerance * scale, f"largest difference {difference:.3g} at scale {scale:.3g}"
@@ -33,7 +33,7 @@ def tensors(outputs: Any) -> list[Tensor]:
 
 
 def same(actual: list[Tensor], expected: list[Tensor]) -> None:
-    """Compare lists of tensors bit for bit."""
+    """Raise where two lists of tensors differ in any bit."""
     assert len(actual) == len(expected) > 0, f"{len(actual)} outputs, {len(expected)} expected"
     for number, (left, right) in enumerate(zip(actual, expected, strict=True)):
         assert left.dtype == right.dtype, f"output {number} is {left.dtype}, expected {right.dtype}"
@@ -41,7 +41,7 @@ def same(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def changed(actual: list[Tensor], expected: list[Tensor]) -> None:
-    """Make sure that adapters were felt: each output is finite and differs by far more than rounding."""
+    """Raise unless each output is finite and differs from the expected one by far more than rounding."""
     for left, right in zip(actual, expected, strict=True):
         assert left.isfinite().all(), "an output is not finite"
         assert (left - right).abs().max() > 1e-6 * right.abs().max(), "the adapters change nothing"

@@ -41,7 +41,7 @@ class PeftLora:
         return isinstance(layer, nn.Linear) or (RANK % layer.groups == 0 and layer.dilation == (1, 1))
 
     def _answer(self, model: nn.Module) -> None:
-        """Let a model of transformers that has no word embeddings say so, in place: peft asks, and would raise."""
+        """Make a model of transformers that has no word embeddings say so, in place: peft asks, and would raise."""
         if not self.all_layers and hasattr(model, "get_input_embeddings"):
             model.get_input_embeddings = nn.Identity
 

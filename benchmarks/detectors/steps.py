@@ -30,7 +30,7 @@ class Library(Protocol):
     """What the steps ask of a library; ``model`` is what ``attach`` returned."""
 
     def attach(self, model: nn.Module, subject: Subject) -> nn.Module:
-        """Return a copy of the subject's model with an adapter on every adaptable layer, to be run like the bare one."""
+        """Return the model with an adapter on every adaptable layer, to be run like the bare one; it may be changed."""
 
     def adapters(self, model: nn.Module) -> dict[str, list[nn.Parameter]]:
         """Return the adapters' parameters, by the names in the bare model of the layers that have one."""
@@ -253,7 +253,7 @@ def merge(bench: Bench) -> None:
 
 
 def merges(bench: Bench, model: nn.Module, bare: nn.Module) -> None:
-    """Compare a model with its merged self, module by module and output by output."""
+    """Raise unless the merged model has the bare one's modules and computes what the adapted one does."""
     expected = bench.raw(model)
     changed(expected, bench.raw(bare))
     merged = bench.library.merge(model).eval()
