@@ -1,7 +1,7 @@
-"""Run every benchmark, each in a process of its own, and write docs/benchmarks.md from what they found.
+"""Run every benchmark, each in a process of its own, and write docs/benchmarks.md and docs/benchmarks-detail.md.
 
 ``python -m benchmarks`` takes about half an hour on 2 CPU cores; ``--only`` runs some, ``--render`` none. With
-``--device cuda`` the GPU's part runs, and the page shows both.
+``--device cuda`` the GPU's part runs, and the pages show both.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ def command_of(job: str, device: str, results: Path) -> list[str]:
 
 def main() -> int:
     """Run, render, and name what failed; a missed row of the acceptance table is a result and no failure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=sorted({*CPU, *CUDA}), help="run these")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--render", action="store_true", help="run nothing; write the page from the results there are")
+    parser.add_argument("--render", action="store_true", help="run nothing; write the pages from the results there are")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     options = parser.parse_args()
     failed = []
@@ -63,7 +65,7 @@ def main() -> int:
         code = subprocess.run(command, cwd=ROOT).returncode
         if code and not (job == "acceptance" and code == 1):
             failed.append(f"{job} (exit status {code})")
-    print(f"wrote {render(options.results)}")
+    print(f"wrote {', '.join(map(str, render(options.results)))}")
     if failed:
         print(f"failed: {', '.join(failed)}")
     return bool(failed)

@@ -11,22 +11,20 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .commands import add_model_options, finish, parsed, parser, setting_of
+from .commands import add_model_options, finish, parsed, parser, results_of, setting_of
 from .handling import inject_cases, swap_cases
-from .hot_spots import LORA, NECK, PEER, REP_MONA
 from .import_time import installed
 from .import_time import measured as import_table
 from .inference import ADAPTED, AGAIN, FACTORED, MERGED, acceptance_choices
 from .inference import measured as inference_results
 from .reports import Table, Verdict, shown
-from .runner import Case, Result, side_by_side
-from .training_step import FULL, HEAD, choices
+from .runner import Result
+from .training_step import FULL, HEAD, LORA, NECK, PEER, PEER_NECK, REP_MONA, choices
 from .training_step import measured as step_results
-from .worlds import Setting, base_model, batch_of
+from .worlds import Setting, base_model, batch_of, title_of
 
 PARTS = ("step", "large", "inference", "swap", "import", "inject")
 NOISE = 1.02  # what still counts as 1.00 where two copies of the base agree better than that
-PEER_NECK = "peft LoRA r=8, neck and head"
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def step_part(
     results = step_results(base, wanted, batch, setting, options)
     where = f"{scale.upper()}, {images}×{size}²"
     verdicts = [step_verdict(row, results, where, large=scale == "l") for row in rows]
-    return Table(f"Training step, YOLO-World-v2-{where}", tuple(results)), verdicts
+    return Table(f"Training step, {title_of(scale, images, size)}", tuple(results)), verdicts
 
 
 def bounded(row: str, must: float, aim: float, result: Result, base: str) -> Verdict:
@@ -118,17 +116,12 @@ def inference_part(size: int, setting: Setting, options: argparse.Namespace) -> 
         bounded("merged ÷ base, Rep-MoNA r=16 in the neck, factored", 1.05, 1.03, found[FACTORED], base_time),
         bounded("adapted, unmerged ÷ base, LoRA on every conv", 1.15, 1.08, found[ADAPTED], base_time),
     ]
-    return Table(f"One forward pass, YOLO-World-v2-S, 1×{size}²", tuple(results)), verdicts
-
-
-def judged(cases: Sequence[Case], options: argparse.Namespace) -> list[Result]:
-    """Return the results of cases, measured as the options say."""
-    return side_by_side(cases, rounds=options.rounds, warm_up=options.warm_up, seed=options.seed)
+    return Table(f"One forward pass, {title_of('s', 1, size)}", tuple(results)), verdicts
 
 
 def swap_part(size: int, setting: Setting, options: argparse.Namespace) -> tuple[Table, list[Verdict]]:
     """Return the results and verdict of switching between two adapters."""
-    results = judged(swap_cases(base_model("s", setting), size, setting), options)
+    results = results_of(swap_cases(base_model("s", setting), size, setting), options)
     own = next(result for result in results if result.name.startswith("convpeft"))
     verdict = bounded(f"swap ÷ one forward pass at {size}²", 0.01, 0.001, own, f"pass {shown(results[0].seconds)}")
     return Table(f"Swap next to a forward pass, YOLO-World-v2-S, LoRA on every conv, 1×{size}²", tuple(results)), [
@@ -148,7 +141,7 @@ def import_part(options: argparse.Namespace) -> tuple[Table, list[Verdict]]:
 
 def inject_part(scale: str, setting: Setting, options: argparse.Namespace) -> tuple[Table, list[Verdict]]:
     """Return the results and verdict of putting adapters in."""
-    results = judged(inject_cases(base_model(scale, setting)), options)
+    results = results_of(inject_cases(base_model(scale, setting)), options)
     own, theirs = by_name(results)["convpeft"], results[0]
     verdict = bounded(f"inject ÷ peft's, every conv, {scale.upper()}", 0.5, 0.2, own, f"peft {shown(theirs.seconds)}")
     return Table(f"inject, YOLO-World-v2-{scale.upper()}, LoRA r=8 on every conv", tuple(results)), [verdict]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .reports import Grid, Report, Stopwatch, Table, Verdict, machine, markdown, verdict_table, write
+from .runner import Case, Result, side_by_side
 from .worlds import PRECISIONS, SCALES, Setting
 
 
@@ -33,6 +34,12 @@ def add_model_options(made: argparse.ArgumentParser, *, scale: str = "s") -> Non
     made.add_argument("--compile", action="store_true", help="let torch.compile have the network")
 
 
+def add_batch_options(made: argparse.ArgumentParser, *, images: int, size: int) -> None:
+    """Add the options of scripts that run one batch."""
+    made.add_argument("--images", type=int, default=images, help="in a batch")
+    made.add_argument("--size", type=int, default=size, help="of an image, pixels, a multiple of 32")
+
+
 def parsed(made: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options given, checked, and start the stopwatch; sets torch's threads."""
     options = made.parse_args(arguments)
@@ -49,6 +56,11 @@ def parsed(made: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 def setting_of(options: argparse.Namespace) -> Setting:
     """Return the setting that the options ask for."""
     return Setting(options.device, options.amp, options.compile, options.seed)
+
+
+def results_of(cases: Sequence[Case], options: argparse.Namespace) -> list[Result]:
+    """Return the results of cases, measured side by side as the options say."""
+    return side_by_side(cases, rounds=options.rounds, warm_up=options.warm_up, seed=options.seed)
 
 
 def finish(

@@ -21,7 +21,7 @@ from .peers import Attached, attach_peft, peft_config
 from .reports import Table
 from .runner import Case, side_by_side
 from .training_step import Attach, measured
-from .worlds import SCALES, Setting, another, base_model, batch_of, inference_case
+from .worlds import SCALES, Setting, another, base_model, batch_of, inference_case, title_of
 
 PARTS = ("scale", "rank", "size", "residents")
 RESIDENT_RANK = 4
@@ -42,7 +42,7 @@ def training_table(
     """Return one point of a curve: a training step of each choice."""
     base, batch = base_model(scale, setting), batch_of(options.images, size, setting)
     found = measured(base, lora_choices(rank), batch, setting, options)
-    title = f"YOLO-World-v2-{scale.upper()}, {options.images}×{size}², rank {rank}"
+    title = f"{title_of(scale, options.images, size)}, rank {rank}"
     return Table(title, tuple(found), axis=axis, x=x)
 
 

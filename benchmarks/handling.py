@@ -18,11 +18,11 @@ from torch import nn
 
 import convpeft
 
-from .commands import add_model_options, finish, parsed, parser, setting_of
+from .commands import add_model_options, finish, parsed, parser, results_of, setting_of
 from .kinds import injected, lora_spec
 from .peers import attach_lycoris, peft_config, wrap_peft
 from .reports import Table
-from .runner import Case, side_by_side
+from .runner import Case
 from .worlds import Setting, another, base_model, batch_of, convs_of, inference_case, shaken
 
 SPEC = lora_spec()
@@ -122,8 +122,7 @@ def main() -> None:
     where = f"YOLO-World-v2-{options.scale.upper()}, LoRA r=8 on every conv"
 
     def table(what: str, cases: list[Case], notes: list[str] | None = None) -> Table:
-        found = side_by_side(cases, rounds=options.rounds, warm_up=options.warm_up, seed=options.seed)
-        return Table(f"{what}, {where}", tuple(found), notes=tuple(notes or ()))
+        return Table(f"{what}, {where}", tuple(results_of(cases, options)), notes=tuple(notes or ()))
 
     tables = [table("inject", inject_cases(base)), table("eject", eject_cases(base))]
     tables.append(table("merge", merge_cases(base)))

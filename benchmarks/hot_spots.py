@@ -16,18 +16,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from .commands import add_model_options, finish, parsed, parser, setting_of
+from .commands import add_batch_options, add_model_options, finish, parsed, parser, setting_of
 from .reports import Grid, ratio, shown
 from .runner import Case
-from .training_step import FULL, choices
-from .worlds import another, base_model, batch_of, training_case
+from .training_step import FULL, LORA, NECK, PEER, REP_MONA, choices
+from .worlds import another, base_model, batch_of, title_of, training_case
 
-LORA, NECK, REP_MONA = (
-    "convpeft LoRA r=8, every conv",
-    "convpeft LoRA r=8, neck and head",
-    "convpeft Rep-MoNA r=8 3/5/7, neck and head",
-)
-PEER = "peft LoRA r=8, every conv"
 GROUPS: dict[str, tuple[str, ...]] = {  # the first that is part of an operation's name takes it
     "convolutions, backward": ("convolution_backward", "conv2d_backward", "conv_depthwise2d_backward"),
     "convolutions, forward": ("mkldnn_convolution", "cudnn_convolution", "conv2d_forward", "_conv_depthwise2d"),
@@ -88,8 +82,7 @@ def main() -> None:
     """Measure and report."""
     made = parser(__doc__, rounds=5)
     add_model_options(made)
-    made.add_argument("--images", type=int, default=4, help="in a batch")
-    made.add_argument("--size", type=int, default=256, help="of an image, pixels, a multiple of 32")
+    add_batch_options(made, images=4, size=256)
     made.add_argument("--cases", nargs="+", default=[PEER, LORA, NECK, REP_MONA], choices=list(choices(True)))
     options = parsed(made)
     setting = setting_of(options)
@@ -103,7 +96,7 @@ def main() -> None:
         found = [spent(case, options.device) for case in cases]
         if number >= options.warm_up:
             rounds.append(found)
-    where = f"YOLO-World-v2-{options.scale.upper()}, {options.images}×{options.size}²"
+    where = title_of(options.scale, options.images, options.size)
     finish("hot_spots", options, grids=[grid(f"Where a step's time goes, {where}", [c.name for c in cases], rounds)])
 
 

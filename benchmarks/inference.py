@@ -14,12 +14,12 @@ from torch import nn
 
 import convpeft
 
-from .commands import add_model_options, finish, parsed, parser, setting_of
+from .commands import add_batch_options, add_model_options, finish, parsed, parser, setting_of
 from .kinds import LAST_CONVS, NECK_BLOCKS, injected, lora_spec, spec_on_blocks
 from .peers import Attached, attach_lycoris, attach_peft, wrap_peft
 from .reports import Table
 from .runner import Case, Result, side_by_side
-from .worlds import Setting, another, base_model, batch_of, inference_case, shaken
+from .worlds import Setting, another, base_model, batch_of, inference_case, shaken, title_of
 
 BASE, AGAIN = "base", "base, another copy"
 ADAPTED, MERGED = "convpeft LoRA r=8 on every conv, adapted", "convpeft LoRA r=8 on every conv, merged"
@@ -118,15 +118,14 @@ def main() -> None:
     """Measure and report."""
     made = parser(__doc__, rounds=15)
     add_model_options(made)
-    made.add_argument("--images", type=int, default=1, help="in a batch")
-    made.add_argument("--size", type=int, default=640, help="of an image, pixels, a multiple of 32")
+    add_batch_options(made, images=1, size=640)
     options = parsed(made)
     setting = setting_of(options)
     images = batch_of(options.images, options.size, setting)["img"]
     found = measured(
         base_model(options.scale, setting), choices(), images, setting, rounds=options.rounds, warm_up=options.warm_up
     )
-    where = f"YOLO-World-v2-{options.scale.upper()}, {options.images}×{options.size}²"
+    where = title_of(options.scale, options.images, options.size)
     finish("inference", options, [Table(f"One forward pass, {where}", tuple(found))])
 
 

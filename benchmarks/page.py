@@ -1,73 +1,19 @@
-"""Write docs/benchmarks.md and its pictures from the JSON results."""
+"""Write docs/benchmarks.md, docs/benchmarks-detail.md and their pictures from the JSON results."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import plots
 from .reports import ROOT, Report, Table, markdown, ratio, read, shown, verdict_table
+from .runner import Result
+from .sections import DETAIL, PAGES, Page, Section
 
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "benchmarks.md"
-PICTURES = ROOT / "docs" / "pictures"
-ABOUT = """# Benchmarks
-
-`make benchmarks` measured all of this and wrote this page (`python -m benchmarks` where the dependencies are there
-already; `python -m benchmarks --render` writes the page anew from the results in `benchmarks/results`). Each script
-answers one question and takes `--help`.
-
-How it is measured:
-
-* All cases of a table run **side by side** in one process: every round runs each case once, in an order drawn anew. A
-  case is judged by its time divided by the baseline's time of the same round; the tables show the median of that,
-  and the first and third quartile. `time` is the median of the case's own times; on a busy machine two of those need
-  not have the ratio that the rounds show.
-* `CPU time ÷` is the same ratio of the process's CPU time, on which other processes have less influence.
-* **Kept for backward** is the most that autograd holds for the backward pass at one time, counted through
-  `torch.autograd.graph.saved_tensors_hooks`; a storage counts once, and parameters do not count. **Peak** is the most
-  that torch's allocator held beyond what it held before the step: activations, gradients, buffers.
-* A **training step** is forward pass, ultralytics' own loss, and backward pass of YOLO-World-v2 with random weights.
-  Full fine-tuning trains all but the fixed sum of DFL; nobody adapts that one.
-* **Peers** sit on the same convolutions at the same rank, each at the setting that was fastest for it: BatchNorms of
-  the frozen base in eval mode, no dropout, peft without its wrapper, LyCORIS in bypass mode.
-"""
-MISSED = (
-    "A missed row stays in the table with the best that was reached; what stands in the way of a shorter step is in "
-    "[Where a step's time goes](#{anchor})."
-)
-SECTIONS: dict[str, tuple[str, str]] = {
-    "acceptance": (
-        "Acceptance",
-        "What issue 5 of this project asks for, row by row, judged by the wall clock's median.",
-    ),
-    "training_step": ("Training step", "All kinds and peers."),
-    "training_step-m": ("Training step, M", "The usual cases on the next larger model."),
-    "training_step-l": ("Training step, L", "The usual cases on the large model."),
-    "training_step-compiled": ("Training step, compiled", "The same with the network in `torch.compile`."),
-    "hot_spots": (
-        "Where a step's time goes",
-        "torch's profiler over the same steps: what adapters save and what they add, relative to full fine-tuning. "
-        "Profiling lengthens small operations; the tables above have the true times.",
-    ),
-    "hot_spots-l": (
-        "Where a step's time goes, L",
-        "The row of the acceptance table with the least room: complete runs of that table on one machine gave 0.76, 0.80, 0.81, 0.76 and "
-        "0.79 (2026-11-25), and which one it is depends more on full fine-tuning than on LoRA: where its memory comes from the system "
-        "anew each step, that step takes longer (0.94 to 1.00 s; with glibc told to keep what is freed 0.89 s, and the row 0.81). "
-        "The frozen model's own passes are about two thirds of a full step (forward, and back to the input), and A's convolutions and both factors' products come on top. With few "
-        "channels these run at a fraction of a large convolution's speed.",
-    ),
-    "inference": ("Inference", "The base runs as two copies: what the second one shows beside 1.00 is noise."),
-    "inference-compiled": ("Inference, compiled", "The same with the network in `torch.compile`."),
-    "handling": (
-        "Inject, eject, merge, save, load, swap",
-        "convpeft's merge works in float64 and probes every layer, and its files are bound to the base by digests; "
-        "the peers do neither.",
-    ),
-    "import_time": ("Import", "Fresh processes that import torch first."),
-    "growth": ("Growth", "LoRA as model, rank, images, or the number of adapters grow."),
-}
+DOCS = ROOT / "docs"
+DEVICES = ("cpu", "cuda")
+Reports = Mapping[str, Report]  # by job, with @cuda behind it for a GPU's
 
 
 def machine_line(report: Report) -> str:
@@ -82,29 +28,59 @@ def machine_line(report: Report) -> str:
     )
 
 
-def section(name: str, report: Report, pictures: Path) -> str:
-    """Return a report's section, its pictures drawn on the way."""
-    kind, _, device = name.partition("@")
-    title, text = SECTIONS[kind]
-    parts = [f"## {title}{' on a GPU' if device == 'cuda' else ''}", text]
-    if report.verdicts:
-        parts.append(verdict_table(report.verdicts))
-        if not all(verdict.passed for verdict in report.verdicts):
-            parts.append(MISSED.format(anchor=f"where-a-steps-time-goes{'-on-a-gpu' if device else ''}"))
-    parts += [f"### {grid.title}\n\n{grid.markdown()}" for grid in report.grids]
-    if kind == "growth":
-        parts += curves(report.tables, name, pictures)
-    else:
-        for number, table in enumerate(report.tables):
-            parts += [f"### {table.title}", markdown(table)]
-            if kind.startswith(("training_step", "inference")):
-                parts.append(picture(plots.bars(table, pictures / f"{_file(name)}-{number}.svg"), table.title))
+def report_of(section: Section, device: str, reports: Reports) -> Report | None:
+    """Return the report that a section shows, None where there are no results."""
+    return reports.get(f"{section.job}@cuda" if device == "cuda" else section.job)
+
+
+def link(page: Page, job: str, device: str, reports: Reports) -> str:
+    """Return a link to the section of a job on a page, or to the page where the job has no results."""
+    own = next(section for section in page.sections if section.job == job)
+    if report_of(own, device, reports) is None:
+        return f"[{page.title}]({page.file})"
+    return f"[{own.heading(device)}]({page.file}#{own.anchor(device)})"
+
+
+def section_text(section: Section, device: str, reports: Reports, pictures: Path) -> str:
+    """Return a section's Markdown, its pictures drawn on the way; there must be results."""
+    report = report_of(section, device, reports)
+    parts = [f"## {section.heading(device)}", section.text]
+    if section.verdicts and report.verdicts:
+        parts += verdict_parts(report, device, reports)
+    if section.tables:
+        parts += [f"### {grid.title}\n\n{grid.markdown()}" for grid in report.grids]
+        parts += table_parts(section.job, device, report, pictures)
     parts.append(f"*{report.when}, `{report.command}`. {machine_line(report)}*")
     return "\n\n".join(parts)
 
 
-def _file(name: str) -> str:
-    return f"benchmark-{name.replace('_', '-').replace('@', '-')}"
+def verdict_parts(report: Report, device: str, reports: Reports) -> list[str]:
+    """Return the acceptance table, and where to read on."""
+    parts = [verdict_table(report.verdicts)]
+    if not all(verdict.passed for verdict in report.verdicts):
+        reasons = link(DETAIL, "hot_spots", device, reports)
+        parts.append(
+            f"A row that fails stays in the table with the best value reached. What keeps a step long: {reasons}."
+        )
+    return [*parts, f"The measurements: {link(DETAIL, 'acceptance', device, reports)}."]
+
+
+def table_parts(job: str, device: str, report: Report, pictures: Path) -> list[str]:
+    """Return a report's tables with their pictures."""
+    name = _file(job, device)
+    if job == "growth":
+        return curves(report.tables, name, pictures)
+    parts = []
+    for number, table in enumerate(report.tables):
+        parts += [f"### {table.title}", markdown(table)]
+        if job.startswith(("training_step", "inference")):
+            parts.append(picture(plots.bars(table, pictures / f"{name}-{number}.svg"), table.title))
+    return parts
+
+
+def _file(job: str, device: str) -> str:
+    """Return how the names of a job's pictures begin."""
+    return f"benchmark-{job.replace('_', '-')}{'-cuda' if device == 'cuda' else ''}"
 
 
 def picture(path: Path, title: str) -> str:
@@ -117,7 +93,7 @@ def curves(tables: Sequence[Table], name: str, pictures: Path) -> list[str]:
     parts = []
     for axis in dict.fromkeys(table.axis for table in tables):
         points = [table for table in tables if table.axis == axis]
-        path = plots.lines(points, pictures / f"{_file(name)}-{str(axis).split()[0]}.svg")
+        path = plots.lines(points, pictures / f"{name}-{str(axis).split()[0]}.svg")
         parts += [f"### By {axis}", f"{points[0].title} … {points[-1].title}.", picture(path, str(axis)), pivot(points)]
         parts += [f"{point.x:g}: {note}" for point in points for note in point.notes]
     return parts
@@ -136,23 +112,27 @@ def pivot(points: Sequence[Table]) -> str:
     return "\n".join([*lines, "", f"{legend}."])
 
 
-def _cell(result: object) -> str:
+def _cell(result: Result | None) -> str:
     if result is None:
         return "–"
     text = f"{shown(result.seconds)} ({ratio(result.ratio)})"
     return text if result.saved_bytes is None else f"{text}; {result.saved_bytes / 1e6:.0f} MB"
 
 
-def page(reports: dict[str, Report], pictures: Path) -> str:
-    """Return the whole page: sections in their own order, those of a GPU after those of the CPU."""
-    order = [f"{kind}{device}" for device in ("", "@cuda") for kind in SECTIONS]
-    return "\n\n".join([ABOUT.strip(), *(section(n, reports[n], pictures) for n in order if n in reports)]) + "\n"
+def page_text(page: Page, reports: Reports, pictures: Path) -> str:
+    """Return a page's Markdown: its sections in their own order, those of a GPU after those of the CPU."""
+    there = [(section, device) for device in DEVICES for section in page.sections]
+    there = [(section, device) for section, device in there if report_of(section, device, reports)]
+    parts = [section_text(section, device, reports, pictures) for section, device in there]
+    return "\n\n".join([f"# {page.title}", page.about, *parts]) + "\n"
 
 
-def render(results: Path = RESULTS, target: Path = PAGE, pictures: Path = PICTURES) -> Path:
-    """Write the page from all results there are, and return its path."""
+def render(results: Path = RESULTS, docs: Path = DOCS) -> list[Path]:
+    """Write both pages and their pictures into ``docs`` from all results there are, and return the pages' paths."""
     reports = {path.stem: read(path) for path in sorted(results.glob("*.json"))}
+    pictures = docs / "pictures"
     for old in pictures.glob("benchmark-*.svg"):
         old.unlink()
-    target.write_text(page(reports, pictures), encoding="utf-8")
-    return target
+    for page in PAGES:
+        (docs / page.file).write_text(page_text(page, reports, pictures), encoding="utf-8")
+    return [docs / page.file for page in PAGES]

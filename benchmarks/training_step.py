@@ -15,14 +15,20 @@ from importlib.util import find_spec
 
 from torch import Tensor, nn
 
-from .commands import add_model_options, finish, parsed, parser, setting_of
+from .commands import add_batch_options, add_model_options, finish, parsed, parser, results_of, setting_of
 from .kinds import injected, specs
 from .peers import Attached, attach_lycoris, attach_peft
 from .reports import Table
-from .runner import Case, Result, side_by_side
-from .worlds import PLACES, Setting, another, base_model, batch_of, head_alone, training_case
+from .runner import Case, Result
+from .worlds import PLACES, Setting, another, base_model, batch_of, head_alone, title_of, training_case
 
 FULL, HEAD = "full fine-tuning", "head alone"
+LORA, NECK, REP_MONA = (
+    "convpeft LoRA r=8, every conv",
+    "convpeft LoRA r=8, neck and head",
+    "convpeft Rep-MoNA r=8 3/5/7, neck and head",
+)
+PEER, PEER_NECK = "peft LoRA r=8, every conv", "peft LoRA r=8, neck and head"
 PEFT_METHODS = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa"}
 Attach = Callable[[nn.Module], Attached]
 
@@ -69,7 +75,7 @@ def measured(
     for name, attach in wanted.items():
         made = attach(another(base))
         cases.append(training_case(name, made.model, batch, setting, made.beside))
-    results = side_by_side(cases, rounds=options.rounds, warm_up=options.warm_up, seed=options.seed)
+    results = results_of(cases, options)
     del cases
     gc.collect()
     return results
@@ -79,8 +85,7 @@ def main() -> None:
     """Measure and report."""
     made = parser(__doc__, rounds=7)
     add_model_options(made)
-    made.add_argument("--images", type=int, default=4, help="in a batch")
-    made.add_argument("--size", type=int, default=256, help="of an image, pixels, a multiple of 32")
+    add_batch_options(made, images=4, size=256)
     made.add_argument("--all", action="store_true", help="every kind and every method instead of the usual ones")
     made.add_argument("--cases", nargs="+", default=["*"], help="only these, as globs over their names")
     options = parsed(made)
@@ -92,7 +97,7 @@ def main() -> None:
     }
     base = base_model(options.scale, setting)
     batch = batch_of(options.images, options.size, setting)
-    where = f"YOLO-World-v2-{options.scale.upper()}, {options.images}×{options.size}²"
+    where = title_of(options.scale, options.images, options.size)
     table = Table(f"Training step, {where}", tuple(measured(base, wanted, batch, setting, options)))
     finish("training_step", options, [table])
 

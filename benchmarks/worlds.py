@@ -49,6 +49,16 @@ class Setting:
         return nullcontext() if precision is None else torch.autocast(self.device, precision)
 
 
+def title_of(scale: str, images: int, size: int) -> str:
+    """Return what tables call a model and its batch.
+
+    Example:
+        >>> title_of("s", 4, 256)
+        'YOLO-World-v2-S, 4×256²'
+    """
+    return f"YOLO-World-v2-{scale.upper()}, {images}×{size}²"
+
+
 def base_model(scale: str, setting: Setting) -> nn.Module:
     """Return a model of a scale whose every parameter trains but DFL's, in training mode."""
     texts = torch.stack([features_from_name(name) for name in CLASSES])[None]

@@ -12,6 +12,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 import convpeft
+from benchmarks.detectors.comparisons import assert_relative, bits, same_bits  # noqa: F401 (for tests)
 from convpeft.adapters.registry import adapter_class
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -214,22 +215,3 @@ def randomised(model: nn.Module) -> Any:
             with torch.no_grad():
                 tensor.uniform_(0.5, 2) if name.endswith(("running_var", "scale", "gate")) else tensor.normal_(0, 0.5)
     return model
-
-
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of the state_dict, in order."""
-    return {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
-
-
-def same_bits(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
-    """Return whether two state_dicts have the same keys in the same order, with the same dtypes and values."""
-    return list(before) == list(after) and all(
-        before[key].dtype == after[key].dtype and torch.equal(before[key], after[key]) for key in before
-    )
-
-
-def assert_relative(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    """Compare whole tensors: the largest difference against the largest value."""
-    assert actual.shape == expected.shape
-    difference, scale = float((actual - expected).abs().max()), float(expected.abs().max())
-    assert difference <= tolerance * scale, f"largest difference {difference:.3g} at scale {scale:.3g}"

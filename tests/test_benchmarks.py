@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from torch import nn
 
 import convpeft
 from benchmarks import __main__ as everything
-from benchmarks import acceptance, hot_spots, kinds, page, reports, training_step
+from benchmarks import acceptance, hot_spots, kinds, page, reports, sections, training_step
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.runner import Case, Result, quartiles, side_by_side
 
@@ -44,8 +45,8 @@ def results_of_a_step() -> list[Result]:
     shared = {"saved_bytes": 10, "trainable": 1}
     return [
         result(training_step.FULL, saved_ratio=1.0, **shared),
-        result(hot_spots.LORA, ratio=0.85, saved_ratio=0.7, **shared),
-        result(hot_spots.PEER, ratio=1.1, saved_ratio=1.0, **shared),
+        result(training_step.LORA, ratio=0.85, saved_ratio=0.7, **shared),
+        result(training_step.PEER, ratio=1.1, saved_ratio=1.0, **shared),
     ]
 
 
@@ -192,22 +193,24 @@ def test_specs_of_the_benchmarks_are_sound_and_leave_the_fixed_sum_alone():
         assert name.endswith("blocks") or "!model.22.dfl.**" in match
 
 
-def test_the_page_shows_every_result(tmp_path):
-    results, pictures = tmp_path / "results", tmp_path / "pictures"
-    pictures.mkdir()
+def test_the_pages_show_every_result(tmp_path):
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    docs.mkdir()
     growing = tuple(replace(report().tables[0], x=x) for x in (4, 8))
     reports.write(report(), results / "training_step.json")
     reports.write(report(grids=(), verdicts=()), results / "training_step@cuda.json")
     reports.write(report(tables=growing, grids=(), verdicts=()), results / "growth.json")
-    text = page.render(results, tmp_path / "page.md", pictures).read_text(encoding="utf-8")
-    assert "## Training step\n" in text
-    assert text.index("## Growth\n") < text.index("## Training step on a GPU")
+    reports.write(report(grids=(), verdicts=()), results / "training_step-m@cuda.json")
+    overview, detail = (path.read_text(encoding="utf-8") for path in page.render(results, docs))
+    text = overview + detail
+    assert overview.index("## Training step\n") < overview.index("## Training step on a GPU\n")
+    assert detail.index("## Growth\n") < detail.index("## Training step, M on a GPU\n")
     assert "| a row | ≤ 0.90 | 0.70 | 0.80 (0.75–0.85) | pass | figures |" in text
     assert "| what | a |" in text
     assert "`python -m toy`" in text
-    for name in ("training-step-0", "training-step-cuda-0", "growth-rank"):
+    for name in ("training-step-0", "training-step-cuda-0", "training-step-m-cuda-0", "growth-rank"):
         assert f"(pictures/benchmark-{name}.svg)" in text
-        assert (pictures / f"benchmark-{name}.svg").stat().st_size > 1000
+        assert (docs / "pictures" / f"benchmark-{name}.svg").stat().st_size > 1000
 
 
 def test_every_job_has_a_script_and_a_section():
@@ -216,18 +219,65 @@ def test_every_job_has_a_script_and_a_section():
             command = everything.command_of(job, device, Path("results"))
             assert (ROOT / "benchmarks" / f"{command[2].partition('.')[2]}.py").is_file()
             assert Path(command[-1]).name == (f"{job}@cuda.json" if device == "cuda" else f"{job}.json")
-            assert job in page.SECTIONS
+            assert job in {section.job for each in sections.PAGES for section in each.sections}
 
 
-def test_the_page_is_the_one_that_the_results_give(tmp_path):
+@pytest.mark.parametrize("shown", sections.PAGES, ids=lambda shown: shown.file)
+def test_sections_of_a_page_have_anchors_of_their_own(shown):
+    anchors = [section.anchor(device) for section in shown.sections for device in page.DEVICES]
+    assert len(set(anchors)) == len(anchors)
+
+
+def test_a_failed_row_links_to_the_profile_where_there_is_one(tmp_path):
+    failed = replace(report().verdicts[0], value=0.95)
+    reports.write(report(script="acceptance", verdicts=(failed,)), tmp_path / "acceptance.json")
+    overview, detail = (path.read_text(encoding="utf-8") for path in page.render(tmp_path, tmp_path))
+    assert "What keeps a step long: [Benchmarks in detail](benchmarks-detail.md)." in overview
+    assert "[Behind the acceptance table](benchmarks-detail.md#behind-the-acceptance-table)" in overview
+    assert "### a table" not in overview
+    assert "**fail**" not in detail
+    reports.write(report(tables=()), tmp_path / "hot_spots.json")
+    overview = page.render(tmp_path, tmp_path)[0].read_text(encoding="utf-8")
+    assert "[Where a step's time goes](benchmarks-detail.md#where-a-steps-time-goes)." in overview
+
+
+def test_the_pages_are_those_that_the_results_give(tmp_path):
     if not list(page.RESULTS.glob("*.json")):
         pytest.skip("no results yet")
-    text = page.render(page.RESULTS, tmp_path / "page.md", tmp_path).read_text(encoding="utf-8")
-    assert text == page.PAGE.read_text(encoding="utf-8")
-    assert {path.name for path in tmp_path.glob("*.svg")} == {p.name for p in page.PICTURES.glob("benchmark-*.svg")}
+    for path in page.render(page.RESULTS, tmp_path):
+        assert path.read_text(encoding="utf-8") == (page.DOCS / path.name).read_text(encoding="utf-8")
+    pictures = [folder.glob("pictures/benchmark-*.svg") for folder in (tmp_path, page.DOCS)]
+    assert {path.name for path in pictures[0]} == {path.name for path in pictures[1]}
 
 
-@pytest.mark.parametrize("script", ["", ".acceptance"])
+def imported_names(source: str) -> set[str]:
+    """Return the first part of every module that a source imports, at its top or later, by statement or by name."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module if node.module and not node.level else "benchmarks")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            names += [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+    return {str(name).partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import tests.cases", "def f():\n    from tests import cases", "importlib.import_module('tests.cases')"],
+)
+def test_an_import_of_tests_is_seen_wherever_it_stands(source):
+    assert "tests" in imported_names(source)
+
+
+def test_no_benchmark_imports_tests():
+    files = sorted((ROOT / "benchmarks").rglob("*.py"))
+    assert len(files) > 20
+    assert not [str(file) for file in files if "tests" in imported_names(file.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("script", ["", ".acceptance", ".detectors"])
 def test_help_costs_nothing(script):
     run = subprocess.run(
         [sys.executable, "-m", f"benchmarks{script}", "--help"], cwd=ROOT, capture_output=True, text=True, check=True

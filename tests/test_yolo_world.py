@@ -11,6 +11,7 @@ from torch import nn
 pytest.importorskip("ultralytics")
 
 import convpeft
+from benchmarks.detectors.comparisons import tensors
 from examples.yolo_world.model import SCALES, copy_model
 
 from .cases import assert_relative, bits, same_bits
@@ -25,7 +26,6 @@ from .world import (
     outputs,
     pictures,
     same,
-    tensors_in,
     train,
     world,
 )
@@ -101,7 +101,7 @@ def test_training_reaches_adapters_and_unfrozen_parts_only(scale):
     train(model)
     loss_of(model).backward()
     assert {name for name, p in model.named_parameters() if p.requires_grad == (p.grad is None)} == set()
-    maps = tensors_in(model(pictures()))
+    maps = tensors(model(pictures()))
     sum(each.square().mean() for each in maps).backward()  # boxes touch some of the maps, this all of them
     unfrozen = {name for name in base if name.rsplit(".", 1)[0] in report.owned}
     assert {name.rsplit(".", 1)[0].split(".", 2)[1] for name in unfrozen} == {"22"}

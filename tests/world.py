@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import convpeft
+from benchmarks.detectors.comparisons import tensors
 from convpeft.adapters import Adapter
 from examples.yolo_world import model as worlds
 
@@ -104,14 +105,7 @@ def outputs(model: Any, x: Tensor | None = None) -> list[Tensor]:
     """Return every tensor that the model gives in eval mode: boxes, and the maps they come from; of one picture, or x."""
     x = pictures(next(model.parameters()).dtype)[:1] if x is None else x
     with torch.no_grad():
-        return list(tensors_in(model(x)))
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for item in items for tensor in tensors_in(item)]
+        return tensors(model(x))
 
 
 def same(first: list[Tensor], second: list[Tensor]) -> bool:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from .steps import Bench, Convpeft, Library
-from .zoo import FAMILIES
+from benchmarks.detectors.steps import Bench, Convpeft, Library
+from benchmarks.detectors.zoo import FAMILIES
 
 BenchOf = Callable[..., Bench]
 

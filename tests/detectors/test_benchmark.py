@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 from torch import nn
 
-from benchmarks import contract_peers as peers
-from benchmarks import detectors
+from benchmarks.detectors import judging, page, peers
+from benchmarks.detectors.steps import STEPS, built
+from benchmarks.detectors.zoo import FAMILIES, Subject
 
 from .conftest import BenchOf
-from .steps import STEPS, built
-from .zoo import FAMILIES, Subject
 
-PAGE = (Path(__file__).parents[2] / "docs" / "detectors.md").read_text(encoding="utf-8")
+PAGE = page.PAGE.read_text(encoding="utf-8")
 FAMILY = "timm-mobilenetv4"
 TF_FAMILY = "timm-efficientnet-tf"
 
 
 def test_a_pass_has_no_reason_and_a_failure_has_one_line() -> None:
-    assert detectors.judge(FAMILY, "convpeft", STEPS["every layer"]) is None
-    reason = detectors.judge(FAMILY, "peft", STEPS["every layer"])
+    assert judging.judge(FAMILY, "convpeft", STEPS["every layer"]) is None
+    reason = judging.judge(FAMILY, "peft", STEPS["every layer"])
     assert reason is not None
     assert re.match(r"ValueError: Targeting a Conv2d with groups=32", reason)
     assert "\n" not in reason
@@ -30,14 +28,14 @@ def test_a_pass_has_no_reason_and_a_failure_has_one_line() -> None:
 
 @pytest.mark.parametrize(("library", "family"), [("peft", FAMILY), ("LyCORIS", FAMILY), ("LyCORIS", TF_FAMILY)])
 def test_others_are_judged_on_the_layers_they_can_adapt_in_the_other_steps(library: str, family: str) -> None:
-    results = {step: detectors.judge(family, library, STEPS[step]) for step in list(STEPS)[1:]}
+    results = {step: judging.judge(family, library, STEPS[step]) for step in list(STEPS)[1:]}
     assert results.pop("BatchNorm held") == "AssertionError: running statistics changed"
     assert set(results.values()) == {None}
 
 
 def test_lycoris_crashes_on_a_convolution_that_pads_by_itself_and_takes_every_other_layer() -> None:
-    assert detectors.judge(FAMILY, "LyCORIS", STEPS["every layer"]) is None
-    reason = detectors.judge(TF_FAMILY, "LyCORIS", STEPS["every layer"])
+    assert judging.judge(FAMILY, "LyCORIS", STEPS["every layer"]) is None
+    reason = judging.judge(TF_FAMILY, "LyCORIS", STEPS["every layer"])
     assert reason is not None
     assert "must match the size of tensor" in reason
     model, subject = built(TF_FAMILY).model, built(TF_FAMILY)
@@ -65,11 +63,11 @@ def test_a_merge_of_peft_that_changes_outputs_is_seen(bench_of: BenchOf) -> None
 
 def test_a_table_has_a_mark_for_each_library_and_counts_below() -> None:
     results = {
-        (library, name, step): None for library in detectors.LIBRARIES for name in ("one", "two") for step in STEPS
+        (library, name, step): None for library in judging.LIBRARIES for name in ("one", "two") for step in STEPS
     }
     results["peft", "two", "merge"] = results["LyCORIS", "two", "merge"] = "ValueError: no"
     results["LyCORIS", "one", "merge"] = "ValueError: no"
-    lines = detectors.table(results).splitlines()
+    lines = page.table(results).splitlines()
     assert lines[2] == "| one | " + " | ".join("✓✓✗" if step == "merge" else "✓✓✓" for step in STEPS) + " |"
     assert lines[3] == "| two | " + " | ".join("✓✗✗" if step == "merge" else "✓✓✓" for step in STEPS) + " |"
     assert (
@@ -79,11 +77,11 @@ def test_a_table_has_a_mark_for_each_library_and_counts_below() -> None:
 
 
 def test_reasons_are_listed_once_with_where_they_held() -> None:
-    results: detectors.Results = {("x", name, step): None for name in ("one", "two") for step in STEPS}
-    assert detectors.failures(results, "x") == "Nothing failed."
+    results: judging.Results = {("x", name, step): None for name in ("one", "two") for step in STEPS}
+    assert page.failures(results, "x") == "Nothing failed."
     results["x", "two", "merge"] = results["x", "two", "eject"] = "ValueError: groups=7 is odd. It is. And more."
-    assert detectors.failures(results, "x") == "- *merge, eject* of two: `ValueError: groups=G is odd. It is`"
-    assert detectors.failures(results, "y") == "Nothing failed."
+    assert page.failures(results, "x") == "- *merge, eject* of two: `ValueError: groups=G is odd. It is`"
+    assert page.failures(results, "y") == "Nothing failed."
 
 
 def test_the_page_is_about_every_family_and_step_and_convpeft_passes_all() -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import convpeft
+from benchmarks.detectors.comparisons import assert_relative, bits, same, same_bits
+from benchmarks.detectors.steps import STEPS, Bench, Convpeft, merges
+from benchmarks.detectors.zoo import FAMILIES
 
-from ..cases import assert_relative, bits, same_bits
 from .conftest import BenchOf
-from .steps import STEPS, Bench, Convpeft, merges, same
-from .zoo import FAMILIES
 
 REP_MONA = Convpeft({"kind": "rep_mona", "rank": 2, "kernel_sizes": [3, 5], "only": ["Conv2d"]})
 families = pytest.mark.parametrize("family", FAMILIES)

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import convpeft
+from benchmarks.detectors.comparisons import assert_relative, bits, same, same_bits, tensors
+from benchmarks.detectors.steps import LORA, layers_of
 
-from ..cases import assert_relative, bits, randomised, same_bits
+from ..cases import randomised
 from .conftest import BenchOf
-from .steps import LORA, layers_of, same, tensors
 
 
 def test_ssdlite_takes_lora_on_every_convolution_with_one_rule_under_a_tenth_of_its_parameters(

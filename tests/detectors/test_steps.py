@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 import convpeft
-
-from . import steps
-from .steps import STEPS, Bench, Convpeft
-from .zoo import Subject
+from benchmarks.detectors import steps
+from benchmarks.detectors.steps import STEPS, Bench, Convpeft
+from benchmarks.detectors.zoo import Subject
 
 FAMILY = "timm-mobilenetv4"
 

@@ -6,7 +6,7 @@ import configparser
 import re
 from pathlib import Path
 
-from .zoo import FAMILIES
+from benchmarks.detectors.zoo import FAMILIES
 
 SETUP = Path(__file__).parents[2] / "setup.cfg"
 NEEDED = {package for family in FAMILIES.values() for package in family.packages} | {"peft", "lycoris_lora"}

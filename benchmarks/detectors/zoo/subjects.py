@@ -106,7 +106,7 @@ def family(name: str, *packages: str) -> Callable[[Callable[[], Subject]], Calla
 
 
 def _settle(subject: Subject) -> None:
-    """Let the model be as if it were trained, in place: no weight all zero, norms with statistics of one batch.
+    """Make the model as if it were trained, in place: no weight all zero, norms with statistics of one batch.
 
     Some families start the last norm of a block at zero, or the last layer of a head, and nothing before it would get
     a gradient.
@@ -130,7 +130,7 @@ def _settle(subject: Subject) -> None:
 
 
 def aim(layers: Iterable[Any], bias: Tensor) -> None:
-    """Let the last box layer of each level predict boxes of about its own size, as if trained, in place.
+    """Set the last box layer of each level to predict boxes of about its own size, as if trained, in place.
 
     Untrained heads would give all boxes to one level, and the others nothing to learn.
     """

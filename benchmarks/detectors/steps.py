@@ -14,12 +14,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import convpeft
 from convpeft.planning.globs import matches
 
-from ..cases import assert_relative, bits, same_bits
+from .comparisons import assert_relative, bits, changed, same, same_bits, tensors
 from .zoo import FAMILIES, Subject
 
 RANK = 2
@@ -31,7 +30,7 @@ class Library(Protocol):
     """What the steps ask of a library; ``model`` is what ``attach`` returned."""
 
     def attach(self, model: nn.Module, subject: Subject) -> nn.Module:
-        """Return a copy of the subject's model with an adapter on every adaptable layer, to be run like the bare one."""
+        """Return the model with an adapter on every adaptable layer, to be run like the bare one; it may be changed."""
 
     def adapters(self, model: nn.Module) -> dict[str, list[nn.Parameter]]:
         """Return the adapters' parameters, by the names in the bare model of the layers that have one."""
@@ -60,24 +59,30 @@ class Convpeft:
         return {"rules": [{"match": subject.match, **self.rule}]}
 
     def attach(self, model: nn.Module, subject: Subject) -> nn.Module:
+        """Return the model with convpeft's adapters in it."""
         convpeft.inject(model, self.spec(subject))
         return model
 
     def adapters(self, model: nn.Module) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters of every adapter, by layer."""
         slots = [(name, module) for name, module in model.named_modules() if name.endswith(SLOT)]
         return {name.removesuffix(SLOT): list(module.parameters()) for name, module in slots}
 
     def save(self, model: nn.Module, path: Path) -> None:
+        """Write the adapter's one file."""
         convpeft.save_adapter(model, path)
 
     def load(self, model: nn.Module, path: Path) -> nn.Module:
+        """Return the model with the adapter of that file."""
         convpeft.load_adapter(model, path)
         return model
 
     def merge(self, model: nn.Module) -> nn.Module:
+        """Return a merged copy."""
         return convpeft.merge(model)
 
     def eject(self, model: nn.Module) -> nn.Module:
+        """Return the model with the adapters taken out."""
         convpeft.eject(model)
         return model
 
@@ -148,11 +153,6 @@ class Bench:
             return self.raw(model) + tensors(self.subject.predict(model, self.subject.images()))
 
 
-def tensors(outputs: Any) -> list[Tensor]:
-    """Return all tensors in what a model returned."""
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
-
 def layers_of(model: nn.Module) -> set[str]:
     """Return the names of all convolutions and linear layers, each once."""
     return {name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
@@ -161,21 +161,6 @@ def layers_of(model: nn.Module) -> set[str]:
 def norms_of(model: nn.Module) -> list[nn.Module]:
     """Return all BatchNorms."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-
-
-def same(actual: list[Tensor], expected: list[Tensor]) -> None:
-    """Compare bit for bit."""
-    assert len(actual) == len(expected) > 0, f"{len(actual)} outputs, {len(expected)} expected"
-    for number, (left, right) in enumerate(zip(actual, expected, strict=True)):
-        assert left.dtype == right.dtype, f"output {number} is {left.dtype}, expected {right.dtype}"
-        assert torch.equal(left, right), f"output {number} differs"
-
-
-def changed(actual: list[Tensor], expected: list[Tensor]) -> None:
-    """Make sure that adapters were felt: each output is finite and differs by far more than rounding."""
-    for left, right in zip(actual, expected, strict=True):
-        assert left.isfinite().all(), "an output is not finite"
-        assert (left - right).abs().max() > 1e-6 * right.abs().max(), "the adapters change nothing"
 
 
 def every_layer(bench: Bench) -> None:
@@ -268,7 +253,7 @@ def merge(bench: Bench) -> None:
 
 
 def merges(bench: Bench, model: nn.Module, bare: nn.Module) -> None:
-    """Compare a model with its merged self, module by module and output by output."""
+    """Raise unless the merged model has the bare one's modules and computes what the adapted one does."""
     expected = bench.raw(model)
     changed(expected, bench.raw(bare))
     merged = bench.library.merge(model).eval()

@@ -1,4 +1,4 @@
-"""peft and LyCORIS through the eyes of tests/detectors/steps.py, each at its best setting.
+"""peft and LyCORIS as libraries for the steps, each at its best setting.
 
 A library may leave layers out that it cannot adapt, so that one of them does not decide every step; only where every
 layer is the question (``all_layers``) it must take them all.
@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from tests.detectors.steps import RANK, layers_of
-from tests.detectors.zoo import Subject
+from .steps import RANK, layers_of
+from .zoo import Subject
 
 
 def adaptable(model: nn.Module, subject: Subject) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class PeftLora:
         return isinstance(layer, nn.Linear) or (RANK % layer.groups == 0 and layer.dilation == (1, 1))
 
     def _answer(self, model: nn.Module) -> None:
-        """Let a model of transformers that has no word embeddings say so, in place: peft asks, and would raise."""
+        """Make a model of transformers that has no word embeddings say so, in place: peft asks, and would raise."""
         if not self.all_layers and hasattr(model, "get_input_embeddings"):
             model.get_input_embeddings = nn.Identity
 

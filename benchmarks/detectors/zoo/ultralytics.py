@@ -1,4 +1,4 @@
-"""ultralytics: its own configurations at their smallest scale. It is licensed AGPL-3.0 and loads only in tests."""
+"""ultralytics: its own configurations at their smallest scale. It is licensed AGPL-3.0 and loads when a family is built."""
 
 from __future__ import annotations
 

@@ -83,6 +83,6 @@ def _d_fine() -> Subject:
 
 @family("transformers-detr", "transformers", "scipy")
 def _detr() -> Subject:
-    """The first decoder layer attends over queries that are all zero."""
+    """Return DETR, whose first decoder layer attends over queries that are all zero."""
     still = ("model.decoder.layers.0.self_attn.*",)
     return _subject("Detr", "ResNet", {**STAGES, "out_features": ["stage4"]}, {**DETECTOR, **ENCODER}, still=still)

@@ -1,87 +1,24 @@
-"""Take convpeft, peft and LyCORIS through the same steps on every family of the zoo, and write docs/detectors.md.
-
-``python -m benchmarks.detectors`` runs everything; ``--families timm-resnet smp-unet`` prints the table of those alone.
-The families are in tests/detectors/zoo, the steps in tests/detectors/steps.py, where the tests run them too; how peft
-and LyCORIS are used is in benchmarks/contract_peers.py.
-"""
+"""Write docs/detectors.md: the table of families and steps, what failed and why, and what adapters add."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
 import re
-import tempfile
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 import convpeft
-from benchmarks.contract_peers import LycorisLora, PeftLora
-from tests.detectors.steps import RANK, STEPS, Bench, Convpeft, Library, built, every_layer
-from tests.detectors.zoo import FAMILIES
 
-PAGE = Path(__file__).parent.parent / "docs" / "detectors.md"
+from .judging import LIBRARIES, Results
+from .steps import RANK, STEPS, Convpeft, built
+from .zoo import FAMILIES
+
+PAGE = Path(__file__).parents[2] / "docs" / "detectors.md"
 PACKAGES = (
     *("torch", "torchvision", "transformers", "ultralytics", "libreyolo", "effdet", "timm"),
     *("segmentation-models-pytorch", "peft", "lycoris-lora"),
 )
 MARKS = {True: "✓", False: "✗"}
-Step = Callable[[Bench], None]
-
-
-def convpeft_for(step: Step) -> Library:
-    """Return convpeft, for any step."""
-    return Convpeft()
-
-
-def peft_for(step: Step) -> Library:
-    """Return peft: on every layer where that is the question, else on those it can adapt."""
-    return PeftLora(all_layers=step is every_layer)
-
-
-def lycoris_for(step: Step) -> Library:
-    """Return LyCORIS: on every layer where that is the question, else on those it can adapt."""
-    return LycorisLora(all_layers=step is every_layer)
-
-
-LIBRARIES: dict[str, Callable[[Step], Library]] = {
-    "convpeft": convpeft_for,
-    "peft": peft_for,
-    "LyCORIS": lycoris_for,
-}
-
-
-def judge(name: str, library: str, step: Step) -> str | None:
-    """Return None where a library passes a step on a family, else why it does not, in one line."""
-    try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            torch.manual_seed(0)
-            step(Bench(name, LIBRARIES[library](step), Path(folder)))
-    except Exception as error:  # another library may raise anything; that is the result
-        text = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-    return None
-
-
-Results = dict[tuple[str, str, str], str | None]
-
-
-def run(names: Sequence[str]) -> Results:
-    """Return what each library came to, by library, family and step."""
-    results: Results = {}
-    jobs = [(library, name, step) for name in names for library in LIBRARIES for step in STEPS]
-    for library, name, step in tqdm(jobs, desc="steps"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            results[library, name, step] = judge(name, library, STEPS[step])
-        if (library, step) == (list(LIBRARIES)[-1], list(STEPS)[-1]):
-            built.cache_clear()
-    return results
 
 
 def table(results: Results) -> str:
@@ -185,7 +122,7 @@ def page(results: Results) -> str:
 PAGE_TEXT = """# Detectors
 
 `python -m benchmarks.detectors` wrote this page. Each family is built offline from its configuration with random
-weights, small, and taken through the steps that the tests run (`tests/detectors`). The whole spec is one rule:
+weights, small, and taken through the steps that the tests run (`benchmarks/detectors/steps.py`). The whole spec is one rule:
 
 <!-- spec -->
 ```yaml
@@ -219,7 +156,7 @@ is equal to 1e-12 in float64.
 ## What failed
 
 Each library is at its best setting: where it refuses some layers or crashes on them, only *every layer* counts that, and
-the other steps run on the layers it can adapt. How they are used is in `benchmarks/contract_peers.py`.
+the other steps run on the layers it can adapt. How they are used is in `benchmarks/detectors/peers.py`.
 
 **convpeft.** {convpeft}
 
@@ -244,27 +181,3 @@ narrower than an adapter.
 
 {sizes}
 """
-
-
-def main() -> None:
-    """Run the families asked for; write the page when that is all of them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), help="print the tables of these alone")
-    chosen = parser.parse_args().families
-    torch.set_num_threads(1)
-    names = chosen or list(FAMILIES)
-    missing = {package for name in names for package in FAMILIES[name].missing}
-    if missing:
-        parser.error(f"not installed: {', '.join(sorted(missing))}; pip install 'convpeft[detectors]'")
-    results = run(names)
-    if chosen:
-        print(table(results))
-        for library in LIBRARIES:
-            print(f"\n{library}\n\n{failures(results, library)}")
-        return
-    PAGE.write_text(page(results), encoding="utf-8")
-    print(f"wrote {PAGE}")
-
-
-if __name__ == "__main__":
-    main()
