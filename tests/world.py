@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import convpeft
 from convpeft.adapters import Adapter
-from examples.yolo_world import model as worlds
+from examples.yolo_world.training import model as worlds
 
 CLASSES = 3
 NECK = "model.{12,15,18,21}.cv2.conv"

@@ -23,17 +23,17 @@ from torch.utils.tensorboard import SummaryWriter
 
 import convpeft
 
-from .base import Base, generated_data, get_base
-from .engine import History, Settings, all_parameter_groups, make_accelerator, train
-from .evaluate import Scores, evaluate, predict, score
-from .generate import DEFECTS
-from .model import WeightsError, copy_model, count_parameters, prepare_ultralytics, unfreeze_all
-from .mvtec import DataError, DefectImages, list_categories, read_category
-from .pictures import save_comparison, save_curves
-from .proofs import MergeProof, SwapProof, Task, predict_all, show_merge, show_swap
-from .report import Row, markdown_table, readable_size, summarise, versions, write_json
-from .settings import Options, parse
-from .texts import TextError, TextFeatures, load_texts
+from .commands.pictures import save_comparison, save_curves
+from .commands.proofs import MergeProof, SwapProof, Task, predict_all, show_merge, show_swap
+from .commands.report import Row, markdown_table, readable_size, summarise, versions, write_json
+from .commands.settings import Options, parse
+from .data.generate import DEFECTS
+from .data.mvtec import DataError, DefectImages, list_categories, read_category
+from .data.texts import TextError, TextFeatures, load_texts
+from .training.base import Base, generated_data, get_base
+from .training.engine import History, Settings, all_parameter_groups, make_accelerator, train
+from .training.model import WeightsError, copy_model, count_parameters, prepare_ultralytics, unfreeze_all
+from .training.scores import Scores, evaluate, predict, score
 
 
 class Demo:
