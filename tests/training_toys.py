@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.yolo_world.training.engine import make_accelerator
+from examples.yolo_world.training.parallel import make_accelerator
 from examples.yolo_world.training.trainer import Trainer, TrainSettings
 
 TEXTS = torch.zeros(1, 2, 512)
@@ -50,7 +50,7 @@ def toy_trainer(
     settings = TrainSettings(**{"steps": 12, "batch_size": 3, "accumulation": 2, "seed": seed, **options})
     groups = [{"params": list(model.parameters()), "lr": lr, "weight_decay": 0.01, "name": "all"}]
     return Trainer(
-        model, groups, Colours(), TEXTS, settings, accelerator=make_accelerator("cpu", "no", 1), guard=guard,
+        model, groups, Colours(), TEXTS, settings, accelerator=make_accelerator("cpu", "no"), guard=guard,
         extra_loss=extra_loss, say=lambda text: None,
     )  # fmt: skip
 

@@ -93,9 +93,9 @@ def test_everything_promised_is_in_the_output_folder(finished, results):
 
 
 def test_training_moves_the_adapters(results):
-    for title, history in results["histories"].items():
-        assert len(history["losses"]) == results["options"]["steps"], title
-        assert min(history["rates"]) > 0
+    for title, curves in results["curves"].items():
+        assert len(curves["losses"]) == results["options"]["steps"], title
+        assert min(curves["factors"]) > 0
 
 
 def test_own_data_own_weights_and_own_texts(tmp_path):

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import math
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -22,31 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 import convpeft
 
 from ..data.files import write_atomically
-from ..training.engine import all_parameter_groups
 from ..training.guard import GuardSettings
-from ..training.model import copy_model, count_parameters, unfreeze_all
+from ..training.model import all_parameter_groups, copy_model, count_parameters, unfreeze_all
 from ..training.scores import Scores, evaluate
 from ..training.trainer import Curves, Trainer
-from .common import (
-    ALIASES,
-    SPECS,
-    CommandError,
-    Data,
-    Session,
-    load_base,
-    load_data,
-    load_spec,
-    open_session,
-    run_command,
-)
-from .report import plain, readable_size, versions
+from .options import ALIASES, SPECS
+from .report import plain, readable_size, table, typed_command, versions
 from .series import asked_for, needs_one_process, note_lines, parse_series, same_series, train_in
+from .session import CommandError, Data, Session, load_base, load_data, load_spec, open_session, run_command
 from .train import CHECKPOINT, settings_of
 
 FULL, HEAD = "full", "head"
@@ -203,9 +192,7 @@ def full_row(args: argparse.Namespace, session: Session, data: Data, base: Any) 
 def markdown_table(base: Scores, rows: Sequence[Row]) -> str:
     """Return the rows as a Markdown table, below the base's scores."""
     titles = ("training", "trainable", "share", "mAP50", "mAP50-95", "loss, first to last", "s/step", "file", "skipped", "reloads", "merge")  # fmt: skip
-    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
-    blank = ["–"] * (len(titles) - 5)
-    cells = [["base, untouched", "0", "0 %", f"{base.map50:.3f}", f"{base.map50_95:.3f}", *blank]]
+    cells = [["base, untouched", "0", "0 %", f"{base.map50:.3f}", f"{base.map50_95:.3f}", *["–"] * (len(titles) - 5)]]
     for row in rows:
         reloads = "–" if row.reloads is None else "exactly" if row.reloads else "NOT THE SAME"
         cells.append([
@@ -213,7 +200,7 @@ def markdown_table(base: Scores, rows: Sequence[Row]) -> str:
             f"{row.loss[0]:.3g} to {row.loss[1]:.3g}", f"{row.seconds_per_step:.2f}", readable_size(row.file_bytes),
             str(row.skipped), reloads, row.merge,
         ])  # fmt: skip
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)])
+    return table(titles, cells)
 
 
 def save_plot(path: Path, base: Scores, rows: Sequence[Row]) -> None:
@@ -254,8 +241,6 @@ def head_only() -> convpeft.Spec:
 
 def alias_names() -> dict[str, Any]:
     """Return the named positions of ultralytics' models."""
-    import yaml
-
     return yaml.safe_load(ALIASES.read_text(encoding="utf-8"))["aliases"]
 
 
@@ -315,7 +300,7 @@ def finish(args: argparse.Namespace, data: Data, base_title: str, bare: Scores, 
         f"Data: {data.source}; {len(data.train)} images train, {len(data.test)} others test. Base: {base_title}. Text features: "
         f"{data.features.source}. Seed {args.seed}. Scores are those of the last step; nothing was chosen by them."
     )
-    command = shlex.join(["python", "-m", "examples.yolo_world", "compare", *sys.argv[1:]])
+    command = typed_command()
     results = {
         "base": bare, "rows": ordered, "data": data.source, "base_title": base_title, "texts": data.features.source,
         "options": vars(args), "versions": versions(), "threads": torch.get_num_threads(), "command": command,
@@ -365,9 +350,4 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
-    args = parse(arguments)
-    return run_command(lambda: execute(args))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(parse(arguments), execute)

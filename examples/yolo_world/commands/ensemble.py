@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,22 +30,12 @@ from convpeft.state import adapter_at, module_at, require_state, slots_at
 from ..data.images import DetectionImages
 from ..training.model import copy_model, use_classes
 from ..training.scores import predict
-from .common import (
-    DATA_OPTIONS,
-    MODEL_OPTIONS,
-    RUN_OPTIONS,
-    CommandError,
-    add_options,
-    check_options,
-    load_adapters,
-    load_base,
-    load_data,
-    open_session,
-    run_command,
-)
 from .evaluate import Report, markdown, report
-from .merge import check_merged, example_images, write_model
+from .merge import write_model
+from .options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, add_options, check_options
+from .proofs import check_merged, example_images
 from .report import readable_size, versions, write_json
+from .session import CommandError, load_adapters, load_base, load_data, open_session, run_command
 
 LINEAR = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
@@ -358,9 +347,4 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
-    args = parse(arguments)
-    return run_command(lambda: execute(args))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(parse(arguments), execute)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+import convpeft
+
 from ..data.images import DetectionImages
 from ..training.scores import only_label, predict, targets_of
+from .options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, add_options, check_options
+from .report import table, versions, write_json
+from .session import load_adapters, load_base, load_data, open_session, run_command
 
 COCO_NUMBERS = {
     "map": "mAP50-95", "map_50": "mAP50", "map_75": "mAP75", "map_small": "mAP small", "map_medium": "mAP medium",
@@ -75,23 +78,17 @@ def markdown(reports: dict[str, Report]) -> str:
     def cell(value: float | None) -> str:
         return "–" if value is None else f"{value:.3f}"
 
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
-    lines = [line(["model", *COCO_NUMBERS.values()]), "|" + " --- |" * (1 + len(COCO_NUMBERS))]
-    lines += [line([title, *map(cell, each.numbers.values())]) for title, each in reports.items()]
-    lines += ["", line(["class", "images", "boxes", *(f"{title}: mAP50 / mAP50-95" for title in reports)])]
-    lines.append("|" + " --- |" * (3 + len(reports)))
+    numbers = [[title, *map(cell, each.numbers.values())] for title, each in reports.items()]
+    classes = []
     for rows in zip(*(each.classes for each in reports.values()), strict=True):
         scores = [f"{cell(row.map50)} / {cell(row.map50_95)}" for row in rows]
-        lines.append(line([rows[0].name, str(rows[0].images), str(rows[0].boxes), *scores]))
-    return "\n".join(lines)
+        classes.append([rows[0].name, str(rows[0].images), str(rows[0].boxes), *scores])
+    titles = ["class", "images", "boxes", *(f"{title}: mAP50 / mAP50-95" for title in reports)]
+    return f"{table(['model', *COCO_NUMBERS.values()], numbers)}\n\n{table(titles, classes)}"
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    from .common import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, add_options
-
     parser = argparse.ArgumentParser(
         prog="python -m examples.yolo_world evaluate",
         description="COCO mAP, over all classes and for each, of the base and of adapters on the test images.",
@@ -117,11 +114,6 @@ def choices_of(names: Sequence[str], together: bool) -> dict[str, tuple[str, ...
 
 def execute(args: argparse.Namespace) -> dict[str, Report]:
     """Evaluate what the options ask for, print the tables, write them to ``--out`` if given, and return the reports."""
-    import convpeft
-
-    from .common import load_adapters, load_base, load_data, open_session
-    from .report import versions, write_json
-
     session = open_session(args)
     data = load_data(args, session.say)
     model = load_base(args, data.features, session).model
@@ -132,26 +124,24 @@ def execute(args: argparse.Namespace) -> dict[str, Report]:
             convpeft.set_active(model, active or None)
         found = predict(model, data.test, data.texts, batch_size=args.batch_size, title=title)
         reports[title] = report(found, data.test)
-    table = markdown(reports)
-    print(f"\n{table}\n", flush=True)
+    tables = markdown(reports)
+    print(f"\n{tables}\n", flush=True)
     if args.out is not None:
-        (args.out / "scores.md").write_text(table + "\n", encoding="utf-8")
+        (args.out / "scores.md").write_text(tables + "\n", encoding="utf-8")
         results: dict[str, Any] = {
             "reports": reports, "data": data.source, "texts": data.features.source, "options": vars(args), "versions": versions(),
         }  # fmt: skip
-        write_json(Path(args.out) / "scores.json", results)
+        write_json(args.out / "scores.json", results)
         session.say(f"written to {args.out}")
     return reports
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of a command line; exits with a message if one is out of range."""
+    parser = make_parser()
+    return check_options(parser, parser.parse_args(arguments))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
-    from .common import check_options, run_command
-
-    parser = make_parser()
-    args = check_options(parser, parser.parse_args(arguments))
-    return run_command(lambda: execute(args))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(parse(arguments), execute)

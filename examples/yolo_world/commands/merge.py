@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import dataclasses
 import inspect
 import io
 import logging
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,83 +32,11 @@ from convpeft.integrations.ultralytics import fuse
 
 from ..data.files import write_atomically
 from ..training.model import copy_model, use_classes
-from .common import (
-    DATA_OPTIONS,
-    MODEL_OPTIONS,
-    RUN_OPTIONS,
-    CommandError,
-    add_options,
-    check_options,
-    load_adapters,
-    load_base,
-    open_session,
-    run_command,
-)
+from .options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, add_options, check_options
 from .predict import ask_classes
-from .proofs import is_plain
+from .proofs import CheckError, check_merged, compare_outputs, example_images, is_plain, raw_output
 from .report import readable_size, versions, write_json
-
-EXACT = 1e-11
-"""Largest relative difference of the whole detector in float64: each layer agrees to 1e-12, and depth adds to that."""
-
-
-class CheckError(CommandError):
-    """A merged or exported model that does not compute what it must: says both numbers."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """How far two raw outputs are apart: the boxes in pixels, and the scores, which lie between 0 and 1."""
-
-    pixels: float
-    scores: float
-
-    def within(self, tolerance: float, size: int) -> bool:
-        """Return whether the boxes, as shares of the image's size, and the scores differ by no more than ``tolerance``."""
-        return self.pixels <= tolerance * size and self.scores <= tolerance
-
-
-def compare_outputs(first: Tensor, second: Tensor) -> Difference:
-    """Return the largest differences of two raw outputs ``(n, 4 + classes, places)``; NaN where one is not finite."""
-    if first.shape != second.shape:
-        return Difference(math.inf, math.inf)
-    difference = (first.double() - second.double()).abs()
-    return Difference(float(difference[:, :4].max()), float(difference[:, 4:].max()))
-
-
-def raw_output(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the boxes and scores of every place before suppression, ``(n, 4 + classes, places)``, in eval mode."""
-    model.eval()
-    with torch.no_grad():
-        output = model(images)
-    return (output if isinstance(output, Tensor) else output[0]).clone()
-
-
-def example_images(size: int, count: int = 1) -> Tensor:
-    """Return images of even noise from a fixed seed, ``(count, 3, size, size)`` in [0, 1]: they excite every layer."""
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def largest_relative(adapted: nn.Module, merged: nn.Module, images: Tensor) -> float:
-    """Return the largest difference of two models in float64, relative to the largest output; both stay as they are."""
-    first, second = (raw_output(copy_model(model).double(), images.double()) for model in (adapted, merged))
-    return float((first - second).abs().max() / first.abs().max())
-
-
-def check_merged(adapted: nn.Module, form: str, images: Tensor, *, strict: bool) -> float:
-    """Return how far a merge in float64 is from the adapted model, relative to the largest output.
-
-    Raises:
-        CheckError: if they differ by more than rounding.
-    """
-    doubled = copy_model(adapted).double()
-    found = largest_relative(doubled, convpeft.merge(doubled, form=form, strict=strict), images)
-    if not found <= EXACT:
-        raise CheckError(
-            f"the merged detector is {found:.2e} from the adapted one in float64, relative to the largest output; no more than "
-            f"{EXACT:.0e} would be rounding. Nothing was written."
-        )
-    return found
+from .session import CommandError, load_adapters, load_base, open_session, run_command
 
 
 def write_model(model: nn.Module, folder: Path) -> list[Path]:
@@ -326,9 +252,4 @@ def say_results(say: Any, results: dict[str, Any], files: Sequence[Path], relati
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status: 0, or 2 if something was refused or a check failed."""
-    args = parse(arguments)
-    return run_command(lambda: execute(args))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(parse(arguments), execute)

@@ -14,9 +14,9 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from ..data.mvtec import DefectImages
-from ..training.engine import History
+from ..data.images import DetectionImages
 from ..training.scores import targets_of
+from ..training.trainer import Curves
 
 COLOURS = ("tab:red", "tab:cyan", "tab:orange", "tab:pink", "tab:green", "tab:purple", "tab:olive", "tab:brown")
 
@@ -38,7 +38,7 @@ def draw_boxes(axes: Any, image: Tensor, boxes: Tensor, labels: Sequence[str], c
         )
 
 
-def spread(data: DefectImages, count: int) -> list[int]:
+def spread(data: DetectionImages, count: int) -> list[int]:
     """Return the numbers of up to ``count`` images, taken from each defect in turn."""
     by_defect: dict[str | None, list[int]] = {}
     for index, sample in enumerate(data.samples):
@@ -49,7 +49,7 @@ def spread(data: DefectImages, count: int) -> list[int]:
 
 
 def save_comparison(
-    path: Path, data: DefectImages, columns: dict[str, list[Tensor]], *, count: int = 6, least: float = 0.25
+    path: Path, data: DetectionImages, columns: dict[str, list[Tensor]], *, count: int = 6, least: float = 0.25
 ) -> None:
     """Write a picture with one row per image: the truth, then the boxes of each column above the ``least`` confidence.
 
@@ -91,22 +91,22 @@ def smoothed(values: Sequence[float], width: int) -> list[float]:
     ]
 
 
-def save_curves(path: Path, histories: dict[str, History], *, starts: dict[str, float]) -> None:
+def save_curves(path: Path, curves: dict[str, Curves], *, starts: dict[str, float]) -> None:
     """Write the curves of some trainings: loss per image (smoothed), and mAP50 on the test images.
 
     Args:
         path: PNG to write.
-        histories: training by title.
+        curves: training by title.
         starts: the base's mAP50 by the same titles, which is where each mAP curve begins.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    for title, history in histories.items():
+    for title, each in curves.items():
         dashes = "--" if title.startswith("full") else "-"
-        left.plot(smoothed(history.losses, 10), dashes, label=title, linewidth=1.2)
-        steps = [0, *(step for step, _ in history.scores)]
+        left.plot(smoothed(each.losses, 10), dashes, label=title, linewidth=1.2)
+        steps = [0, *(step for step, _ in each.scores)]
         right.plot(
             steps,
-            [starts[title], *(scores.map50 for _, scores in history.scores)],
+            [starts[title], *(scores.map50 for _, scores in each.scores)],
             dashes,
             marker="o",
             markersize=3,

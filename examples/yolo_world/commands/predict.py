@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,22 +26,10 @@ from ..data.generate import DEFECTS
 from ..data.images import SUFFIXES, DataError, read_pixels, to_square
 from ..data.texts import TextFeatures, class_texts, load_class_features, load_class_texts
 from ..training.model import decode, use_classes
-from .common import (
-    DATA_OPTIONS,
-    MODEL_OPTIONS,
-    RUN_OPTIONS,
-    CommandError,
-    Session,
-    add_options,
-    check_options,
-    load_adapters,
-    load_base,
-    load_data,
-    open_session,
-    run_command,
-)
 from .evaluate import choices_of
+from .options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, add_options, check_options
 from .report import write_json
+from .session import CommandError, Session, load_adapters, load_base, load_data, open_session, run_command
 
 COLOURS = ((60, 60, 230), (200, 180, 30), (40, 140, 240), (180, 90, 220), (70, 170, 60), (190, 100, 40))
 """BGR, in the order of the classes."""
@@ -258,9 +245,4 @@ def safe_name(title: str, number: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
-    args = parse(arguments)
-    return run_command(lambda: execute(args))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(parse(arguments), execute)

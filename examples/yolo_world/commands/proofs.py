@@ -1,8 +1,9 @@
-"""Two things the demo shows rather than claims: swapping gives each adapter's own boxes, merging changes none."""
+"""What is measured rather than claimed: a merge changes no output, and swapping gives each adapter's own boxes."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,19 +12,78 @@ from torch import Tensor, nn
 
 import convpeft
 
-from ..data.mvtec import DefectImages
-from ..training.model import copy_model, use_classes
+from ..training.model import copy_model
 from ..training.scores import predict
+from .session import CommandError, Data
+
+EXACT = 1e-11
+"""Largest relative difference of the whole detector in float64: each layer agrees to 1e-12, and depth adds to that."""
+
+
+class CheckError(CommandError):
+    """A merged or exported model that does not compute what it must: says both numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """One category an adapter is trained for: its name, its data, and its classes' text features."""
+class Difference:
+    """How far two raw outputs are apart: the boxes in pixels, and the scores, which lie between 0 and 1."""
 
-    name: str
-    train: DefectImages
-    test: DefectImages
-    texts: Tensor
+    pixels: float
+    scores: float
+
+    def within(self, tolerance: float, size: int) -> bool:
+        """Return whether the boxes, as shares of the image's size, and the scores differ by no more than ``tolerance``."""
+        return self.pixels <= tolerance * size and self.scores <= tolerance
+
+
+def compare_outputs(first: Tensor, second: Tensor) -> Difference:
+    """Return the largest differences of two raw outputs ``(n, 4 + classes, places)``; NaN where one is not finite."""
+    if first.shape != second.shape:
+        return Difference(math.inf, math.inf)
+    difference = (first.double() - second.double()).abs()
+    return Difference(float(difference[:, :4].max()), float(difference[:, 4:].max()))
+
+
+def raw_output(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the boxes and scores of every place before suppression, ``(n, 4 + classes, places)``, in eval mode."""
+    model.eval()
+    with torch.no_grad():
+        output = model(images)
+    return (output if isinstance(output, Tensor) else output[0]).clone()
+
+
+def example_images(size: int, count: int = 1) -> Tensor:
+    """Return images of even noise from a fixed seed, ``(count, 3, size, size)`` in [0, 1]: they excite every layer."""
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def largest_relative(adapted: nn.Module, merged: nn.Module, images: Tensor) -> float:
+    """Return the largest difference of two models in float64, relative to the largest output; both stay as they are."""
+    first, second = (raw_output(copy_model(model).double(), images.double()) for model in (adapted, merged))
+    return float((first - second).abs().max() / first.abs().max())
+
+
+def check_merged(adapted: nn.Module, form: str, images: Tensor, *, strict: bool) -> float:
+    """Return how far a merge in float64 is from the adapted model, relative to the largest output.
+
+    Raises:
+        CheckError: if they differ by more than rounding.
+    """
+    doubled = copy_model(adapted).double()
+    found = largest_relative(doubled, convpeft.merge(doubled, form=form, strict=strict), images)
+    if not found <= EXACT:
+        raise CheckError(
+            f"the merged detector is {found:.2e} from the adapted one in float64, relative to the largest output; no more than "
+            f"{EXACT:.0e} would be rounding. Nothing was written."
+        )
+    return found
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Return whether no adapter, no adapted class and no key of one is in the model."""
+    kinds = {type(module) for module in model.modules()}
+    ours = any(kind.__module__.split(".")[0] == "convpeft" or hasattr(kind, "adapted_from") for kind in kinds)
+    return not ours and not any("convpeft" in key for key in model.state_dict())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +121,13 @@ def same_boxes(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def predict_all(model: nn.Module, tasks: Sequence[Task]) -> list[Tensor]:
+def predict_all(model: nn.Module, tasks: Sequence[Data]) -> list[Tensor]:
     """Return the boxes of the test images of every task, one after the other."""
     return [boxes for task in tasks for boxes in predict(model, task.test, task.texts)]
 
 
 def show_swap(
-    base: nn.Module, files: dict[str, Path], tasks: Sequence[Task], expected: dict[str | None, list[Tensor]]
+    base: nn.Module, files: dict[str, Path], tasks: Sequence[Data], expected: dict[str | None, list[Tensor]]
 ) -> SwapProof:
     """Load the adapter files into a fresh copy of the base, switch back and forth, and compare all boxes.
 
@@ -89,39 +149,18 @@ def show_swap(
     return SwapProof(tuple(str(name) for name in order), tuple(equal), count)
 
 
-def raw_outputs(model: nn.Module, data: DefectImages, texts: Tensor, dtype: torch.dtype, limit: int) -> Tensor:
-    """Return the model's outputs before suppression for the first ``limit`` images: ``(n, 4 + classes, places)``."""
-    use_classes(model, texts).eval()
-    device = next(model.parameters()).device
-    pixels = torch.stack([image for image, _ in data.loaded[:limit]])
-    with torch.no_grad():
-        chunks = [model(chunk.to(device, dtype) / 255)[0].cpu() for chunk in pixels.split(8)]
-    return torch.cat(chunks)
-
-
-def is_plain(model: nn.Module) -> bool:
-    """Return whether no adapter, no adapted class and no key of one is in the model."""
-    kinds = {type(module) for module in model.modules()}
-    ours = any(kind.__module__.split(".")[0] == "convpeft" or hasattr(kind, "adapted_from") for kind in kinds)
-    return not ours and not any("convpeft" in key for key in model.state_dict())
-
-
-def show_merge(adapted: nn.Module, task: Task) -> tuple[nn.Module, MergeProof]:
+def show_merge(adapted: nn.Module, task: Data) -> tuple[nn.Module, MergeProof]:
     """Return the merged model and how it compares with the adapted one, whose active adapter is the task's."""
     model = copy_model(adapted)
     merged = convpeft.merge(model)
-    count = len(task.test)
-    before = raw_outputs(model, task.test, task.texts, torch.float32, count)
-    after = raw_outputs(merged, task.test, task.texts, torch.float32, count)
-    difference = (before - after).abs()
-    found, again = predict(model, task.test, task.texts), predict(merged, task.test, task.texts)
+    found, again = (predict(each, task.test, task.texts) for each in (model, merged))
     kept = [(a[a[:, 4] > 0.25], b[b[:, 4] > 0.25]) for a, b in zip(found, again, strict=True)]
     same = all(a.shape == b.shape and bool((a[:, 5] == b[:, 5]).all()) for a, b in kept)
     largest = max((float((a - b).abs().max()) for a, b in kept if a.shape == b.shape and len(a)), default=0.0)
-    doubled = convpeft.merge(model.double())
-    exact = raw_outputs(model, task.test, task.texts, torch.float64, 8)
-    relative = (exact - raw_outputs(doubled, task.test, task.texts, torch.float64, 8)).abs().max() / exact.abs().max()
-    proof = MergeProof(
-        float(difference[:, :4].max()), float(difference[:, 4:].max()), float(relative), is_plain(merged), same, largest
-    )
-    return merged, proof
+    device = next(model.parameters()).device
+    pixels = torch.stack([image for image, _ in task.test.loaded[:]]).float().div(255).split(8)
+    parts = [compare_outputs(*(raw_output(each, part.to(device)) for each in (model, merged))) for part in pixels]
+    doubled = copy_model(model).double()
+    relative = largest_relative(doubled, convpeft.merge(doubled), pixels[0].to(device))
+    furthest = [max(getattr(part, name) for part in parts) for name in ("pixels", "scores")]
+    return merged, MergeProof(*furthest, relative, is_plain(merged), same, largest)

@@ -1,4 +1,4 @@
-"""The results of a run as a table, as JSON, and as an honest summary in words."""
+"""Results as Markdown tables, as JSON, and, for the demo, as an honest summary in words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,25 @@ def versions() -> dict[str, str]:
     return found
 
 
+def typed_command() -> str:
+    """Return the command that runs now as it can be typed again, without what launched it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = ["-m", spec.name.removesuffix(".__main__")] if spec is not None else sys.argv[:1]
+    return shlex.join(["python", *name, *sys.argv[1:]])
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table.
+
+    Example:
+        >>> print(table(["a", "b"], [["1", "2"]]))
+        | a | b |
+        | --- | --- |
+        | 1 | 2 |
+    """
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (titles, ["---"] * len(titles), *rows))
+
+
 def readable_size(size: int) -> str:
     """Return bytes as kB or MB.
 
@@ -74,14 +95,13 @@ def readable_size(size: int) -> str:
 def markdown_table(rows: Sequence[Row], categories: Sequence[str]) -> str:
     """Return the rows as a Markdown table: mAP50 / mAP50-95 on each category, then what it costs."""
     titles = ["model", *(f"{name}: mAP50 / mAP50-95" for name in categories), "trainable", "share", "s/step", "file"]
-    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    cells = []
     for row in rows:
-        cells = [row.title]
-        cells += [f"{row.scores[name].map50:.3f} / {row.scores[name].map50_95:.3f}" for name in categories]
-        cells += [f"{row.trainable:,}", f"{100 * row.share:.2f} %"]
-        cells += ["–" if row.seconds_per_step is None else f"{row.seconds_per_step:.3f}", readable_size(row.file_bytes)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        scores = [f"{row.scores[name].map50:.3f} / {row.scores[name].map50_95:.3f}" for name in categories]
+        seconds = "–" if row.seconds_per_step is None else f"{row.seconds_per_step:.3f}"
+        cost = [f"{row.trainable:,}", f"{100 * row.share:.2f} %", seconds, readable_size(row.file_bytes)]
+        cells.append([row.title, *scores, *cost])
+    return table(titles, cells)
 
 
 def find_row(rows: Sequence[Row], method: str, trained_on: str | None) -> Row:

@@ -18,8 +18,8 @@ from ..data.files import write_atomically
 from ..training.model import copy_model
 from ..training.scores import Scores
 from . import train
-from .common import CommandError, Data, Session
 from .report import plain
+from .session import CommandError, Data, Session
 
 OF_TRAIN_ALONE = ("name", "resume", "weights_only", "parallel")
 """Options of train that mean nothing where many trainings run."""

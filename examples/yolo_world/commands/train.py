@@ -17,8 +17,6 @@ import hashlib
 import json
 import math
 import re
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,33 +26,20 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import convpeft
+from convpeft.state import record_of, require_state
 
 from ..data.augment import add_augmentation_options, augmentation_of
 from ..data.files import write_atomically
 from ..training.checkpoint import CheckpointError, load_checkpoint
-from ..training.engine import CLIP_NORM
 from ..training.guard import GuardSettings
 from ..training.model import copy_model, use_classes
 from ..training.parallel import KINDS, full, shard
 from ..training.schedule import WARM_UP
 from ..training.scores import Scores, evaluate
-from ..training.trainer import Curves, Trainer, TrainSettings, moving_tensors
-from .common import (
-    DATA_OPTIONS,
-    MODEL_OPTIONS,
-    RUN_OPTIONS,
-    Data,
-    Session,
-    add_options,
-    check_options,
-    close_session,
-    load_base,
-    load_data,
-    load_spec,
-    open_session,
-    run_command,
-)
-from .report import plain, versions
+from ..training.trainer import CLIP_NORM, Curves, Trainer, TrainSettings, moving_tensors
+from .options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, TRAINING_OPTIONS, add_options, check_options
+from .report import plain, table, typed_command, versions
+from .session import Data, Session, close_session, load_base, load_data, load_spec, open_session, run_command
 
 CHECKPOINT = "checkpoint.safetensors"
 ADAPTER_LR, PRETRAINED_LR = 4e-3, 1e-3
@@ -63,48 +48,28 @@ EMA_DECAY = 0.998
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how long, how fast and how carefully to train."""
-    add = parser.add_argument_group("training").add_argument
+    add = parser.add_argument_group("training of one adapter").add_argument
     guard = GuardSettings()
     add("--name", help="the adapter's name in its file (default: the categories)")
     add("--epochs", type=float, default=40, help="times each image is seen (default 40)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs")
-    add(
-        "--lr",
-        type=float,
-        help=f"learning rate of a rule with lr_mult 1 (default {ADAPTER_LR:g}; with --weights {PRETRAINED_LR:g})",
-    )
-    add(
-        "--weight-decay", type=float, default=0.05, help="of weights; norms, biases and scales have none (default 0.05)"
-    )
+    add("--lr", type=float,
+        help=f"learning rate of a rule with lr_mult 1 (default {ADAPTER_LR:g}; with --weights {PRETRAINED_LR:g})")  # fmt: skip
     add("--warm-up", type=float, default=WARM_UP, help="share of the steps in which the rate rises (default 0.1)")
-    add("--accumulation", type=int, default=1, help="forward passes per step (default 1)")
     add("--clip-norm", type=float, default=CLIP_NORM, help="largest norm of the gradients; 0 leaves them (default 10)")
     add("--ema", type=float, nargs="?", const=EMA_DECAY, default=0.0, metavar="DECAY",
         help=f"evaluate and save a moving average of what trains (decay {EMA_DECAY} if none is given)")  # fmt: skip
-    add("--evaluations", type=int, default=10, help="how often mAP is taken, evenly over the run (default 10)")
-    add(
-        "--patience",
-        type=int,
-        default=0,
-        help="stop after so many evaluations without a better mAP50-95 (default: never)",
-    )
-    add(
-        "--checkpoint-every",
-        type=int,
-        default=100,
-        help="steps between checkpoints (default 100, and at each evaluation)",
-    )
+    add("--patience", type=int, default=0,
+        help="stop after so many evaluations without a better mAP50-95 (default: never)")  # fmt: skip
+    add("--checkpoint-every", type=int, default=100,
+        help="steps between checkpoints (default 100, and at each evaluation)")  # fmt: skip
     add("--resume", type=Path, nargs="?", const=Path(), metavar="RUN",
         help="go on from a run's checkpoint: adapter, optimizer, schedule, data position, averages (default: --out's own)")  # fmt: skip
     add("--weights-only", action="store_true",
         help="with --resume RUN: take only the adapter (of a run's folder, or an adapter file) and start its training anew")  # fmt: skip
     add("--workers", type=int, default=0, help="processes that load images ahead (default 0)")
-    add(
-        "--parallel",
-        choices=KINDS,
-        default="ddp",
-        help="with several processes: copies (ddp), or FSDP2 for a large base",
-    )
+    add("--parallel", choices=KINDS, default="ddp",
+        help="with several processes: copies (ddp), or FSDP2 for a large base")  # fmt: skip
     add("--guard-streak", type=int, default=guard.streak,
         help="bad steps in a row before it returns to the last good adapter (default 3)")  # fmt: skip
     add("--guard-lower", type=float, default=guard.lower, help="what a return multiplies the rate by (default 0.3)")
@@ -121,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_options(parser, "data", DATA_OPTIONS)
     add_options(parser, "model", (*MODEL_OPTIONS, "spec", "aliases"))
     add_options(parser, "run", RUN_OPTIONS, out=Path("runs/train"))
+    add_options(parser, "training", TRAINING_OPTIONS)
     add_training_options(parser)
     add_augmentation_options(parser)
     return parser
@@ -130,9 +96,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of a command line; exits with a message if one is out of range."""
     parser = make_parser()
     args = check_options(parser, parser.parse_args(arguments))
-    for name in ("steps", "accumulation", "evaluations", "checkpoint_every", "guard_streak"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("epochs", "lr"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -190,18 +153,12 @@ def frozen_digest(model: nn.Module) -> str:
 
 def describe_groups(groups: Sequence[dict[str, Any]]) -> str:
     """Return the optimizer groups as a Markdown table: multiplier, rate, weight decay, parameters."""
-    lines = ["| group | lr multiplier | learning rate | weight decay | parameters |", "| --- | --- | --- | --- | --- |"]
-    for group in groups:
-        count = sum(parameter.numel() for parameter in group["params"])
-        cells = (
-            group["name"],
-            f"x{group['lr_mult']:g}",
-            f"{group['lr']:g}",
-            f"{group['weight_decay']:g}",
-            f"{count:,}",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [
+        (group["name"], f"x{group['lr_mult']:g}", f"{group['lr']:g}", f"{group['weight_decay']:g}",
+         f"{sum(parameter.numel() for parameter in group['params']):,}")
+        for group in groups
+    ]  # fmt: skip
+    return table(("group", "lr multiplier", "learning rate", "weight decay", "parameters"), rows)
 
 
 def adapt(model: nn.Module, args: argparse.Namespace, data: Data, spec: convpeft.Spec | None, session: Session) -> str:
@@ -337,8 +294,6 @@ def learn(
 
 def convpeft_spec(model: nn.Module, name: str) -> dict[str, Any]:
     """Return the spec an adapter of the model came from, as plain data."""
-    from convpeft.state import record_of, require_state
-
     return json.loads(json.dumps(record_of(require_state(model)[1], name).spec))
 
 
@@ -371,7 +326,7 @@ def run_log(
     for entry, rate in zip(named, trainer.base_rates, strict=True):
         entry["lr"] = rate
     return {
-        "command": shlex.join(["python", "-m", "examples.yolo_world", "train", *sys.argv[1:]]), "options": vars(args),
+        "command": typed_command(), "options": vars(args),
         "versions": versions(), "data": data.source, "texts": data.features.source, "classes": data.classes,
         "processes": processes, "settings": trainer.settings, "groups": named, "base": note["base"],
         "steps": trainer.step, "stopped_early": trainer.stopped, "losses": curves.losses, "norms": curves.norms,
@@ -417,9 +372,4 @@ def execute(args: argparse.Namespace) -> Outcome:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
-    args = parse(arguments)
-    return run_command(lambda: execute(args))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(parse(arguments), execute)

@@ -32,9 +32,9 @@ from convpeft.registry import LEAVE, adapter_class
 from ..data.files import write_atomically
 from ..training.scores import Scores
 from ..training.stream import seed_of
-from .common import CommandError, Data, Session, load_base, load_data, load_spec, open_session, run_command
-from .report import plain, versions
+from .report import plain, table, versions
 from .series import asked_for, needs_one_process, parse_series, same_series, train_in
+from .session import CommandError, Data, Session, load_base, load_data, load_spec, open_session, run_command
 from .train import CHECKPOINT
 
 STUDY = "tune"
@@ -348,24 +348,13 @@ def write_results(args: argparse.Namespace, study: Any, spec: convpeft.Spec, spa
     ]  # fmt: skip
     complete = [row for row in rows if row["state"] == "complete"]
     best = max(complete, key=lambda row: row["map50_95"], default=None)
-    columns = [
-        "number",
-        "state",
-        "map50_95",
-        "map50",
-        "trainable",
-        *dict.fromkeys(key for trial in trials for key in trial.params),
-    ]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    for row in sorted(rows, key=lambda row: (row["state"] != "complete", -(row["map50_95"] or 0), row["number"])):
-        cells = [row.get(column) for column in columns]
-        lines.append(
-            "| "
-            + " | ".join("–" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells)
-            + " |"
-        )
+    parameters = dict.fromkeys(key for trial in trials for key in trial.params)
+    columns = ["number", "state", "map50_95", "map50", "trainable", *parameters]
+    ranked = sorted(rows, key=lambda row: (row["state"] != "complete", -(row["map50_95"] or 0), row["number"]))
+    cells = [[row.get(column) for column in columns] for row in ranked]
+    lines = [["–" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in line] for line in cells]
     results = {"best": best, "trials": rows, "options": vars(args), "versions": versions()}
-    write_atomically(args.out / "trials.md", ("\n".join(lines) + "\n").encode())
+    write_atomically(args.out / "trials.md", (table(columns, lines) + "\n").encode())
     write_atomically(args.out / "study.json", (json.dumps(plain(results), indent=1) + "\n").encode())
     if best is not None:
         varied = vary(spec, best, space.positions)
@@ -407,9 +396,4 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
-    args = parse(arguments)
-    return run_command(lambda: execute(args))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(parse(arguments), execute)

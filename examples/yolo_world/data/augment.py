@@ -159,6 +159,25 @@ class Augmentation:
         return image.clamp(0, 1)
 
 
+def flip_and_relight(image: Tensor, boxes: Tensor, labels: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the image flipped, turned over its diagonal and relit, with its boxes and labels: cheap, and loses no box.
+
+    What the base and the demo train with; the arguments are those of ``Augmentation``.
+    """
+    generator = torch.Generator().manual_seed(key)
+    flip_x, flip_y, transpose = (torch.rand(3, generator=generator) < 0.5).tolist()
+    boxes = boxes.clone()
+    if flip_x:
+        image, boxes[:, 0] = image.flip(2), 1 - boxes[:, 0]
+    if flip_y:
+        image, boxes[:, 1] = image.flip(1), 1 - boxes[:, 1]
+    if transpose:
+        image, boxes = image.transpose(1, 2), boxes[:, [1, 0, 3, 2]]
+    gain = 1 + 0.4 * (torch.rand(1, generator=generator) - 0.5)
+    shift = 0.1 * (torch.rand(3, 1, 1, generator=generator) - 0.5)
+    return (image * gain + shift).clamp(0, 1), boxes, labels
+
+
 def uniform(count: int, generator: torch.Generator) -> list[float]:
     """Return so many numbers between -1 and 1."""
     drawn: list[float] = (2 * torch.rand(count, generator=generator, dtype=torch.float64) - 1).tolist()

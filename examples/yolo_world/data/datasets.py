@@ -221,7 +221,7 @@ def open_mvtec(wanted: Wanted) -> Splits:
     sides = [
         DefectImages(
             [s for category in found for s in getattr(category, side) if s.defect is None or s.defect in places],
-            texts.names, size=wanted.size, min_area=wanted.min_area, augmented=False,
+            texts.names, size=wanted.size, min_area=wanted.min_area,
             augmentation=wanted.augmentation if side == "train" else None, label_of=places,
         )
         for side in ("train", "test")

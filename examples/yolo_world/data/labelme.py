@@ -289,7 +289,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if done.left_out:
         print(f"  left out, since every shape of theirs was dropped: {', '.join(path.name for path in done.left_out)}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

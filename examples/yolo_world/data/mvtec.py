@@ -21,10 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .images import SUFFIXES as SUFFIXES
 from .images import Augment, DataError, DetectionImages, images_in, read_pixels, split_by_hash, to_centred, to_square
-from .images import Batch as Batch
-from .images import Collate as Collate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,20 +130,6 @@ def load_sample(sample: Sample, size: int, min_area: int) -> tuple[Tensor, Tenso
     return to_square(pixels, size), to_centred(boxes, width, height)
 
 
-def augment(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the image (float in [0, 1]) flipped, turned over its diagonal and relit at random, and its boxes alike."""
-    flip_x, flip_y, transpose = (torch.rand(3) < 0.5).tolist()
-    boxes = boxes.clone()
-    if flip_x:
-        image, boxes[:, 0] = image.flip(2), 1 - boxes[:, 0]
-    if flip_y:
-        image, boxes[:, 1] = image.flip(1), 1 - boxes[:, 1]
-    if transpose:
-        image, boxes = image.transpose(1, 2), boxes[:, [1, 0, 3, 2]]
-    gain, shift = 1 + 0.4 * (torch.rand(1) - 0.5), 0.1 * (torch.rand(3, 1, 1) - 0.5)
-    return (image * gain + shift).clamp(0, 1), boxes
-
-
 class DefectImages(DetectionImages):
     """The images of some samples, held in memory, as ``{img, cls, bboxes}``.
 
@@ -155,8 +138,7 @@ class DefectImages(DetectionImages):
         classes: class names in the order of the text features.
         size: height and width the images are resized to (a multiple of 32).
         min_area: smallest connected part of a mask that gives a box, in pixels of the mask.
-        augmented: flip and relight at random (``augment``), from torch's global random numbers.
-        augmentation: instead of that, see ``DetectionImages``.
+        augmentation: see ``DetectionImages``; None changes nothing.
         label_of: class index of each defect; default: its place in ``classes``.
     """
 
@@ -167,11 +149,10 @@ class DefectImages(DetectionImages):
         *,
         size: int,
         min_area: int,
-        augmented: bool,
         augmentation: Augment | None = None,
         label_of: Mapping[str, int] | None = None,
     ) -> None:
-        self.classes, self.size, self.augmented, self.augmentation = tuple(classes), size, augmented, augmentation
+        self.classes, self.size, self.augmentation = tuple(classes), size, augmentation
         self.samples, self.left_out, self.boxes, self.labels = [], [], [], []
         loaded: list[tuple[Tensor, Tensor]] = []
         places = {name: place for place, name in enumerate(self.classes)} if label_of is None else label_of
@@ -186,10 +167,3 @@ class DefectImages(DetectionImages):
             self.boxes.append(boxes)
             loaded.append((image, boxes))
         self.loaded = loaded
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if self.augmentation is not None or not self.augmented:
-            return super().__getitem__(index)
-        pixels, boxes = self.loaded[index]
-        image, boxes = augment(pixels.float() / 255, boxes)
-        return {"img": image, "bboxes": boxes, "cls": self.labels[index].float()[:, None]}

@@ -36,6 +36,10 @@ class GuardSettings:
     most_returns: int = 20
 
 
+GIVE_UP = GuardSettings(streak=1, spike=0, most_returns=0)
+"""Ends a training at its first step that is not finite."""
+
+
 @dataclasses.dataclass
 class Snapshot:
     """What trains, and the optimizer's state, as they were before a step whose loss and gradients were finite."""
@@ -109,9 +113,13 @@ class Guard:
         if self.in_a_row < self.settings.streak:
             return said
         if self.returns >= self.settings.most_returns:
+            again = (
+                f" The run broke again after {self.returns} returns to a good adapter, now at {self.rate:.1e} times the learning "
+                "rate asked for."
+            )
             raise FloatingPointError(
-                f"step {step + 1}: {reason}. The run broke again after {self.returns} returns to a good adapter, now at "
-                f"{self.rate:.1e} times the learning rate asked for: start again with a lower --lr, or look at the data."
+                f"step {step + 1}: {reason}.{again if self.returns else ''} Start again with a lower --lr (the demo: --base-lr, "
+                "--adapter-lr, --full-lr), or look at the data."
             )
         snapshot = self.last if self.fresh else self.first
         if snapshot is self.first:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 GAINS = {"box": 7.5, "cls": 0.5, "dfl": 1.5}
@@ -142,3 +143,17 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of parameters: (those that train, all)."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+
+def all_parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Return optimizer groups of all trainable parameters; vectors and scalars (norms, biases) have no weight decay."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+    ]
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Return the size of a safetensors file with the model's whole state."""
+    return len(safetensors_bytes({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}))

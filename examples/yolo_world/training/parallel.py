@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +24,32 @@ KINDS = ("ddp", "fsdp")
 
 class ParallelError(RuntimeError):
     """A training that several processes cannot share here: says why, and what to do."""
+
+
+def make_accelerator(device: str, precision: str) -> Accelerator:
+    """Return the accelerator that all trainings of a run share.
+
+    Args:
+        device: ``cpu``, or ``auto`` for what accelerate finds.
+        precision: ``no``, ``bf16`` or ``fp16``.
+
+    Raises:
+        RuntimeError: if several processes were launched and accelerate does not join them: each would train alone.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and not torch.cuda.is_available():
+        device = "cpu"  # accelerate joins processes on the CPU only if it is told to use it
+    waiting = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # others wait while the first one evaluates
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=precision,
+        kwargs_handlers=[waiting],
+    )
+    if accelerator.num_processes != launched:
+        raise RuntimeError(
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes} on {accelerator.device}"
+        )
+    return accelerator
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The training loop of ``train``: resumable at any step, guarded, averaged, and the same over several processes."""
+"""The one training loop: resumable at any step, guarded, averaged, and the same over several processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from tqdm import tqdm
 from ..data.images import Batch
 from .checkpoint import copy_into, load_checkpoint, save_checkpoint
 from .ema import MovingAverage
-from .engine import CLIP_NORM
 from .guard import Guard, GuardSettings
 from .parallel import (
     BatchLoss,
@@ -34,6 +33,8 @@ from .parallel import (
 from .schedule import FLOOR, WARM_UP, rate_factor
 from .scores import Scores
 from .stream import Positions, batches, seed_of
+
+CLIP_NORM = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,7 @@ class Trainer:
         writer: TensorBoard, in the main process.
         say: prints a line, from the main process.
         note: plain data that goes into the checkpoints.
+        title: name in the progress bar, and before the names of the scalars in TensorBoard.
     """
 
     def __init__(
@@ -140,9 +142,17 @@ class Trainer:
         writer: SummaryWriter | None = None,
         say: Callable[[str], None] = print,
         note: dict[str, Any] | None = None,
+        title: str = "",
     ) -> None:
         self.model, self.data, self.texts, self.settings, self.accelerator = model, data, texts, settings, accelerator
-        self.measure, self.keep, self.writer, self.say, self.note = measure, keep, writer, say, note or {}
+        self.measure, self.keep, self.writer, self.say, self.note, self.title = (
+            measure,
+            keep,
+            writer,
+            say,
+            note or {},
+            title,
+        )
         self.base_rates = [group["lr"] for group in groups]
         self.names = [group.get("name", str(number)) for number, group in enumerate(groups)]
         self.optimizer = torch.optim.AdamW(groups)
@@ -177,7 +187,7 @@ class Trainer:
         bar = tqdm(
             total=settings.steps,
             initial=self.step,
-            desc="train",
+            desc=self.title or "train",
             unit="step",
             mininterval=2.0,
             disable=not self.is_main,
@@ -310,7 +320,7 @@ class Trainer:
         """Write scalars to TensorBoard, if there is a writer."""
         if self.writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, self.step)
+                self.writer.add_scalar(f"{self.title}/{name}" if self.title else name, value, self.step)
 
     def state(self) -> dict[str, Any]:
         """Return everything that a run needs to go on from here, live tensors included."""

@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 
 import convpeft
-from examples.yolo_world.commands import compare, ensemble, evaluate, merge, predict, train, tune
-from examples.yolo_world.commands.common import OPTIONS
+from examples.yolo_world.commands import compare, ensemble, evaluate, merge, predict, proofs, train, tune
+from examples.yolo_world.commands.options import OPTIONS
 from examples.yolo_world.data.datasets import open_dataset
 from examples.yolo_world.data.images import DataError
 from examples.yolo_world.training.model import decode, load_world_model, use_classes
@@ -66,7 +66,7 @@ def read(path: Path):
 def test_help_names_the_shared_options_as_every_command_does(name, capsys):
     assert run(COMMANDS[name], ["--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"python -m examples.yolo_world.{name}" in shown
+    assert f"python -m examples.yolo_world {name}" in shown
     for option in SHARED:
         assert f"--{option.replace('_', '-')}" in shown
     for option in ("data", "classes", "texts"):
@@ -264,10 +264,10 @@ def test_merge_writes_a_plain_model_that_weights_takes(place, tmp_path, capsys):
     )
     for each in (model, written):
         use_classes(each, place.texts).eval()
-    torch.testing.assert_close(merge.raw_output(written, pictures()), merge.raw_output(model, pictures()))
+    torch.testing.assert_close(proofs.raw_output(written, pictures()), proofs.raw_output(model, pictures()))
     results = read(tmp_path / "merge.json")
     assert results["plain"] is True
-    assert 0 < results["float64"] < merge.EXACT
+    assert 0 < results["float64"] < proofs.EXACT
     assert "largest difference" not in capsys.readouterr().out
 
 
@@ -301,11 +301,11 @@ def test_operators_that_a_form_does_not_allow_are_refused():
     assert merge.check_operators(base, base, chains=False) == "the same 8 operators as the base"
     more = base + collections.Counter({"Conv": 3, "Add": 1})
     assert merge.check_operators(base, more, chains=True) == "the base's 8 operators and 1 Add, 3 Conv more"
-    with pytest.raises(merge.CheckError, match=r"3 Conv more, 1 Add more.*no chains, so there must be no difference"):
+    with pytest.raises(proofs.CheckError, match=r"3 Conv more, 1 Add more.*no chains, so there must be no difference"):
         merge.check_operators(base, more, chains=False)
-    with pytest.raises(merge.CheckError, match=r"1 Erf more"):
+    with pytest.raises(proofs.CheckError, match=r"1 Erf more"):
         merge.check_operators(base, more + collections.Counter({"Erf": 1}), chains=True)
-    with pytest.raises(merge.CheckError, match=r"1 Mul fewer"):
+    with pytest.raises(proofs.CheckError, match=r"1 Mul fewer"):
         merge.check_operators(base, collections.Counter({"Conv": 5, "Add": 2}), chains=True)
 
 
@@ -337,9 +337,9 @@ def test_onnx_has_the_bases_operators_and_gives_the_adapted_models_output(place,
     image = pictures()[:1]
     given = torch.from_numpy(session.run(None, {name: image.numpy()})[0])
     torch.testing.assert_close(
-        given, merge.raw_output(model, image), rtol=1e-4, atol=1e-4
+        given, proofs.raw_output(model, image), rtol=1e-4, atol=1e-4
     )  # two float32 runtimes, pixels
-    bare = merge.compare_outputs(given, merge.raw_output(use_classes(world("n"), place.texts), image))
+    bare = proofs.compare_outputs(given, proofs.raw_output(use_classes(world("n"), place.texts), image))
     assert not bare.within(1e-4, SIZE)
 
     model = load_world_model(place.root / "tiny-worldv2.pt")
@@ -349,10 +349,10 @@ def test_onnx_has_the_bases_operators_and_gives_the_adapted_models_output(place,
     ours = merge.export_onnx(merge.fused_for_export(single), image, tmp_path / "single.onnx")
     assert merge.check_operators(base, ours, chains=False).startswith("the same")
     given = merge.run_onnx(tmp_path / "single.onnx", image)
-    torch.testing.assert_close(given, merge.raw_output(model, image), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(given, proofs.raw_output(model, image), rtol=1e-4, atol=1e-4)
 
     monkeypatch.setattr(merge, "export_onnx", lambda *_: base)
-    monkeypatch.setattr(merge, "run_onnx", lambda path, images: merge.raw_output(single, images) + 1e-2)
+    monkeypatch.setattr(merge, "run_onnx", lambda path, images: proofs.raw_output(single, images) + 1e-2)
     (tmp_path / "off").mkdir()
     (tmp_path / "off" / ".base.onnx").touch()
     assert run(merge, [*options, "--out", tmp_path / "off"]) == 2

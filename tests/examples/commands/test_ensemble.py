@@ -14,7 +14,7 @@ pytest.importorskip("ensemble_boxes")
 
 import convpeft
 from examples.yolo_world.commands import ensemble
-from examples.yolo_world.commands.merge import raw_output
+from examples.yolo_world.commands.proofs import raw_output
 from examples.yolo_world.training.model import load_world_model, use_classes
 from examples.yolo_world.training.scores import predict
 from tests.cases import assert_relative

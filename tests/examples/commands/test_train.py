@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 
 import convpeft
 from examples.yolo_world.commands import train
-from examples.yolo_world.commands.common import load_data
+from examples.yolo_world.commands.session import load_data
 from examples.yolo_world.training.checkpoint import load_checkpoint
 from examples.yolo_world.training.model import copy_model, load_world_model
 from examples.yolo_world.training.schedule import FLOOR

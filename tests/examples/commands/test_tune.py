@@ -22,8 +22,8 @@ import optuna
 
 import convpeft
 from examples.yolo_world.commands import tune
-from examples.yolo_world.commands.common import CommandError, load_data, open_session
 from examples.yolo_world.commands.series import train_in
+from examples.yolo_world.commands.session import CommandError, load_data, open_session
 from examples.yolo_world.training.model import load_world_model
 
 from .place import NONLINEAR, Place, make_place, run

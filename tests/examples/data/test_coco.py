@@ -331,7 +331,7 @@ def test_an_mvtec_category_is_what_the_demo_reads(root):
     category = mvtec.read_category(root, "tile", seed=3)
     assert (splits.form, splits.title, splits.classes) == ("mvtec", "tile", category.classes)
     for side, samples in ((splits.train, category.train), (splits.test, category.test)):
-        expected = mvtec.DefectImages(samples, category.classes, size=64, min_area=9, augmented=False)
+        expected = mvtec.DefectImages(samples, category.classes, size=64, min_area=9)
         assert side.samples == expected.samples
         for index in range(len(expected)):
             assert all(torch.equal(side[index][key], expected[index][key]) for key in ("img", "cls", "bboxes"))

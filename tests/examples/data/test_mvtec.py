@@ -16,6 +16,8 @@ pytest.importorskip("ultralytics")
 cv2 = pytest.importorskip("cv2")
 
 from examples.yolo_world.data import generate, mvtec, texts  # noqa: E402
+from examples.yolo_world.data.augment import flip_and_relight  # noqa: E402
+from examples.yolo_world.data.images import Collate  # noqa: E402
 from examples.yolo_world.data.surfaces import SURFACES  # noqa: E402
 from examples.yolo_world.training import scores  # noqa: E402
 
@@ -136,9 +138,9 @@ def test_the_split_loses_nothing(count, share, seed):
 
 def test_items_and_batches_are_what_the_loss_wants(root):
     category = mvtec.read_category(root, "washer")
-    data = mvtec.DefectImages(category.train, category.classes, size=64, min_area=4, augmented=True)
+    data = mvtec.DefectImages(category.train, category.classes, size=64, min_area=4, augmentation=flip_and_relight)
     features = texts.load_texts(category.classes, use_clip=False).of(category.classes)
-    batch = mvtec.Collate(features)([data[index] for index in range(len(data))])
+    batch = Collate(features)([data[index] for index in range(len(data))])
     count = len(batch["cls"])
     assert batch["img"].shape == (len(data), 3, 64, 64)
     assert 0 <= batch["img"].min() <= batch["img"].max() <= 1
@@ -156,10 +158,11 @@ def test_items_and_batches_are_what_the_loss_wants(root):
 
 def test_augmentation_moves_boxes_with_the_pixels():
     torch.manual_seed(0)
-    for _ in range(30):
+    for key in range(30):
         image = torch.zeros(3, 32, 32)
         image[:, 4:8, 10:20] = 0.5
-        turned, boxes = mvtec.augment(image, torch.tensor([[15 / 32, 6 / 32, 10 / 32, 4 / 32]]))
+        box = torch.tensor([[15 / 32, 6 / 32, 10 / 32, 4 / 32]])
+        turned, boxes, _ = flip_and_relight(image, box, torch.zeros(1), key)
         bright = turned.mean(0) > (turned.mean(0).min() + turned.mean(0).max()) / 2
         rows, columns = torch.where(bright)
         found = torch.tensor([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]])
@@ -168,7 +171,7 @@ def test_augmentation_moves_boxes_with_the_pixels():
 
 def test_perfect_boxes_score_one(root):
     category = mvtec.read_category(root, "tile")
-    data = mvtec.DefectImages(category.test, category.classes, size=64, min_area=4, augmented=False)
+    data = mvtec.DefectImages(category.test, category.classes, size=64, min_area=4)
     perfect = [
         torch.cat([t["boxes"], torch.full((len(t["boxes"]), 1), 0.9), t["labels"][:, None].float()], 1)
         for t in scores.targets_of(data)
@@ -224,7 +227,7 @@ def test_a_mask_of_another_size_is_named(tmp_path):
 
 def test_a_defect_image_with_only_specks_is_left_out(root):
     category = mvtec.read_category(root, "tile")
-    data = mvtec.DefectImages(category.test, category.classes, size=32, min_area=SIZE * SIZE, augmented=False)
+    data = mvtec.DefectImages(category.test, category.classes, size=32, min_area=SIZE * SIZE)
     assert len(data.left_out) == sum(sample.defect is not None for sample in category.test)
     assert all(sample.defect is None for sample in data.samples)
 
@@ -263,11 +266,9 @@ def test_a_text_file_of_another_form_is_refused(tmp_path):
         texts.load_texts(["dent"], path)
 
 
-def test_the_generator_runs_from_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "sys.argv", ["generate", str(tmp_path), "--categories", "mesh", "--images", "1", "--good", "1", "--size", "64"]
-    )
-    generate.main()
+def test_the_generator_runs_from_the_command_line(tmp_path, capsys):
+    options = ["--categories", "mesh", "--images", "1", "--good", "1", "--size", "64"]
+    assert generate.main([str(tmp_path), *options]) == 0
     assert "wrote generated data for mesh" in capsys.readouterr().out
     described = json.loads((tmp_path / generate.NOTICE).read_text(encoding="utf-8").splitlines()[-1])
     assert described["categories"] == ["mesh"]

@@ -18,10 +18,9 @@ from torch import nn
 import convpeft
 from examples.yolo_world.data.datasets import open_dataset
 from examples.yolo_world.data.texts import load_class_features
-from examples.yolo_world.training.engine import make_accelerator
 from examples.yolo_world.training.guard import GuardSettings
 from examples.yolo_world.training.model import build_world_model, copy_model
-from examples.yolo_world.training.parallel import full, shard
+from examples.yolo_world.training.parallel import full, make_accelerator, shard
 from examples.yolo_world.training.trainer import Trainer, TrainSettings, moving_tensors
 
 STEPS, GLOBAL_BATCH = 4, 2
@@ -117,7 +116,7 @@ def train(name: str, data: Path, out: Path, accelerator: Any) -> None:
 def main(arguments: list[str]) -> None:
     """Run the named trainings, one after the other in the same processes."""
     torch.set_num_threads(1)
-    accelerator = make_accelerator("cpu", "no", 1)
+    accelerator = make_accelerator("cpu", "no")
     for name in arguments[2:]:
         train(name, Path(arguments[0]), Path(arguments[1]), accelerator)
     if accelerator.num_processes > 1:

@@ -117,7 +117,8 @@ def test_the_command_runs_under_torchrun(folder):
     spec = folder / "spec.yaml"
     spec.write_text("rules: [{match: 'model.12.cv2.conv', kind: moe_rep_mona, rank: 4}]", encoding="utf-8")
     common = [
-        "examples.yolo_world", "train",
+        "examples.yolo_world",
+        "train",
         "--data",
         folder / "parts",
         "--weights",
