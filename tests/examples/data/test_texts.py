@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -214,3 +216,37 @@ def test_without_a_copy_of_clip_the_names_serve_and_it_is_said():
     found = texts.load_texts(["coil"])
     cached = texts.features_from_clip(["coil"]) is not None
     assert ("openai/clip-vit-base-patch32" if cached else "made from the class names") in found.source
+
+
+def test_text_features_depend_on_the_name_alone():
+    first = texts.load_texts(["stain", "dent"], use_clip=False)
+    second = texts.load_texts(["scratch", "stain"], use_clip=False)
+    assert torch.equal(first.table["stain"], second.table["stain"])
+    assert "made from the class names" in first.source
+    vectors = second.of(["scratch", "stain"])[0]
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
+    assert abs(float(vectors[0] @ vectors[1])) < 0.3
+    digest = hashlib.sha256(np.round(texts.features_from_name("stain").double().numpy(), 4).tobytes()).hexdigest()
+    assert digest[:12] == "68024b71ec58"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_text_features_come_from_a_file(tmp_path, suffix):
+    from safetensors.torch import save_file
+
+    path, table = tmp_path / f"texts{suffix}", {"dent": torch.randn(512), "stain": torch.randn(512)}
+    torch.save(table, path) if suffix == ".pt" else save_file(table, path)
+    found = texts.load_texts(["stain"], path)
+    assert found.source == f"read from texts{suffix}"
+    assert torch.equal(found.of(["stain", "dent"])[0], torch.stack([table["stain"], table["dent"]]))
+    with pytest.raises(texts.TextError, match="no text features for scratch"):
+        texts.load_texts(["scratch"], path)
+
+
+def test_a_text_file_of_another_form_is_refused(tmp_path):
+    path = tmp_path / "texts.pt"
+    with pytest.raises(texts.TextError, match="there is no text feature file"):
+        texts.load_texts(["dent"], path)
+    torch.save({"dent": torch.randn(256)}, path)
+    with pytest.raises(texts.TextError, match="'dent' must be a finite tensor"):
+        texts.load_texts(["dent"], path)
