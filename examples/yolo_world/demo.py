@@ -176,14 +176,14 @@ class Demo:
         self.add_row("full fine-tuning", task, tasks, model, curves, count_parameters(model), state_bytes(model))
 
     def take_base(self, tasks: Sequence[Data]) -> Base:
-        """Return the base, every parameter of which may train, and add its row."""
+        """Return the base, frozen, and add its row."""
         args = self.args
         recipe = Recipe(
             args.scale, args.seed, args.base_categories, args.images, args.image_size, args.min_area, args.train_share,
             args.batch_size, args.accumulation, args.base_steps, args.base_lr, args.weight_decay, args.precision,
         )  # fmt: skip
         base = load_base(args, tasks[0].features, self.session, recipe)
-        unfreeze_all(base.model)
+        base.model.requires_grad_(False)  # torch's Linear may give other last bits where its weight trains
         if base.own is not None:
             own = f"mAP50 {base.own.map50:.3f}, mAP50-95 {base.own.map50_95:.3f}"
             self.say(f"  on test images of its own categories: {own}")
