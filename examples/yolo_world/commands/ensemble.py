@@ -29,8 +29,8 @@ from convpeft.state import adapter_at, module_at, require_state, slots_at
 
 from ..data.images import DetectionImages
 from ..training.model import copy_model, use_classes
-from ..training.scores import predict
-from .evaluate import Report, markdown, report
+from ..training.scores import Report, predict, report
+from .evaluate import markdown
 from .merge import write_model
 from .options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, add_options, check_options
 from .proofs import check_merged, example_images

@@ -7,69 +7,15 @@ python -m examples.yolo_world evaluate --data DIR --categories screw --weights W
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 import convpeft
 
-from ..data.images import DetectionImages
-from ..training.scores import only_label, predict, targets_of
+from ..training.scores import COCO_NUMBERS, Report, predict, report
 from .options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, add_options, check_options
 from .report import table, versions, write_json
 from .session import load_adapters, load_base, load_data, open_session, run_command
-
-COCO_NUMBERS = {
-    "map": "mAP50-95", "map_50": "mAP50", "map_75": "mAP75", "map_small": "mAP small", "map_medium": "mAP medium",
-    "map_large": "mAP large", "mar_1": "recall 1", "mar_10": "recall 10", "mar_100": "recall 100",
-}  # fmt: skip
-"""COCO's numbers by torchmetrics' names, and what they are called in the table."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassScores:
-    """One class of the test images: images that show it, true boxes, and its average precision (None without boxes)."""
-
-    name: str
-    images: int
-    boxes: int
-    map50: float | None
-    map50_95: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """COCO's numbers by name, None where there is nothing to count, and the scores of each class."""
-
-    numbers: dict[str, float | None]
-    classes: tuple[ClassScores, ...]
-
-
-def report(found: list[Tensor], data: DetectionImages) -> Report:
-    """Return COCO's numbers, over all classes and for each, of boxes as ``predict`` gives them.
-
-    Small, medium and large are COCO's (below 32 x 32, below 96 x 96, above), in pixels of the resized image.
-    """
-    from torchmetrics.detection.mean_ap import MeanAveragePrecision
-
-    def measured(items: list[dict[str, Tensor]], truth: list[dict[str, Tensor]]) -> dict[str, float | None]:
-        metric = MeanAveragePrecision(box_format="xyxy", iou_type="bbox", backend="pycocotools")
-        metric.warn_on_many_detections = False
-        metric.update(items, truth)
-        values = metric.compute()
-        return {name: None if float(values[name]) < 0 else float(values[name]) for name in COCO_NUMBERS}
-
-    predictions = [{"boxes": boxes[:, :4], "scores": boxes[:, 4], "labels": boxes[:, 5].long()} for boxes in found]
-    targets = targets_of(data)
-    classes = []
-    for label, name in enumerate(data.classes):
-        truth = only_label(targets, label)
-        counts = [len(item["labels"]) for item in truth]
-        own = measured(only_label(predictions, label), truth) if sum(counts) else dict.fromkeys(COCO_NUMBERS)
-        classes.append(ClassScores(name, sum(map(bool, counts)), sum(counts), own["map_50"], own["map"]))
-    return Report(measured(predictions, targets), tuple(classes))
 
 
 def markdown(reports: dict[str, Report]) -> str:

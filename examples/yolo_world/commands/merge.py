@@ -33,10 +33,9 @@ from convpeft.integrations.ultralytics import fuse
 from ..data.files import write_atomically
 from ..training.model import copy_model, use_classes
 from .options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, add_options, check_options
-from .predict import ask_classes
 from .proofs import CheckError, check_merged, compare_outputs, example_images, is_plain, raw_output
 from .report import readable_size, versions, write_json
-from .session import CommandError, load_adapters, load_base, open_session, run_command
+from .session import CommandError, ask_classes, load_adapters, load_base, open_session, run_command
 
 
 def write_model(model: nn.Module, folder: Path) -> list[Path]:

@@ -22,14 +22,12 @@ from tqdm import tqdm
 
 import convpeft
 
-from ..data.generate import DEFECTS
 from ..data.images import SUFFIXES, DataError, read_pixels, to_square
-from ..data.texts import TextFeatures, class_texts, load_class_features, load_class_texts
 from ..training.model import decode, use_classes
 from .evaluate import choices_of
 from .options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, add_options, check_options
 from .report import write_json
-from .session import CommandError, Session, load_adapters, load_base, load_data, open_session, run_command
+from .session import ask_classes, load_adapters, load_base, open_session, run_command
 
 COLOURS = ((60, 60, 230), (200, 180, 30), (40, 140, 240), (180, 90, 220), (70, 170, 60), (190, 100, 40))
 """BGR, in the order of the classes."""
@@ -92,31 +90,6 @@ def own_places(sources: Sequence[Source]) -> list[Source]:
         files.add(source.path.resolve())
         result.append(Source(source.path, place))
     return result
-
-
-def ask_classes(args: argparse.Namespace, session: Session) -> tuple[tuple[str, ...], TextFeatures]:
-    """Return the classes to look for and their text features: of --names, --classes, --data, or the generated defects.
-
-    Raises:
-        CommandError: if --names and --classes are both given, or neither is and the weights are the user's own.
-        TextError: if the list is wrong, or a text has no features.
-    """
-    if args.names and args.classes is not None:
-        raise CommandError("--names and --classes both say which classes to look for; give one of them.")
-    if args.names:
-        classes = class_texts(list(args.names), "--names")
-    elif args.classes is not None:
-        classes = load_class_texts(args.classes)
-    elif args.data is not None:
-        data = load_data(args, session.say)
-        return data.classes, data.features
-    elif args.weights is None:
-        classes = class_texts(sorted(DEFECTS))
-    else:
-        raise CommandError("which classes? Give --names scratch dent, or --classes with a JSON list, or their --data.")
-    features = load_class_features(classes, args.texts, clip=getattr(args, "clip", None), others=sorted(DEFECTS))
-    session.say(f"classes {', '.join(classes.names)}; text features {features.source}")
-    return classes.names, features
 
 
 def find_boxes(

@@ -29,7 +29,7 @@ from ..data.augment import augmentation_of
 from ..data.datasets import open_dataset
 from ..data.generate import DEFECTS, cached
 from ..data.images import DataError, DetectionImages
-from ..data.texts import TextError, TextFeatures, load_class_features, load_class_texts
+from ..data.texts import TextError, TextFeatures, class_texts, load_class_features, load_class_texts
 from ..training.base import ADAPTER_CATEGORIES, Base, Recipe, fill_cache, given_base, read_base, train_base
 from ..training.checkpoint import CheckpointError
 from ..training.model import WeightsError, prepare_ultralytics
@@ -142,6 +142,31 @@ def load_data(args: argparse.Namespace, say: Callable[[str], None] | None = None
         for note in splits.notes:
             say(f"  {note}")
     return data
+
+
+def ask_classes(args: argparse.Namespace, session: Session) -> tuple[tuple[str, ...], TextFeatures]:
+    """Return the classes to look for and their text features: of --names, --classes, --data, or the generated defects.
+
+    Raises:
+        CommandError: if --names and --classes are both given, or neither is and the weights are the user's own.
+        TextError: if the list is wrong, or a text has no features.
+    """
+    if args.names and args.classes is not None:
+        raise CommandError("--names and --classes both say which classes to look for; give one of them.")
+    if args.names:
+        classes = class_texts(list(args.names), "--names")
+    elif args.classes is not None:
+        classes = load_class_texts(args.classes)
+    elif args.data is not None:
+        data = load_data(args, session.say)
+        return data.classes, data.features
+    elif args.weights is None:
+        classes = class_texts(sorted(DEFECTS))
+    else:
+        raise CommandError("which classes? Give --names scratch dent, or --classes with a JSON list, or their --data.")
+    features = load_class_features(classes, args.texts, clip=getattr(args, "clip", None), others=sorted(DEFECTS))
+    session.say(f"classes {', '.join(classes.names)}; text features {features.source}")
+    return classes.names, features
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:

@@ -57,13 +57,8 @@ def unpack(content: Any, tensors: dict[str, Tensor]) -> Any:
     return content
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """Return the tensor itself."""
-    return tensor
-
-
 def save_checkpoint(
-    path: Path, content: dict[str, Any], *, full: Callable[[Tensor], Tensor] = plain, write: bool = True
+    path: Path, content: dict[str, Any], *, full: Callable[[Tensor], Tensor] = Tensor.detach, write: bool = True
 ) -> None:
     """Write nested content with tensors to ``path``, atomically.
 

@@ -21,6 +21,32 @@ class Scores:
     map50_by_class: dict[str, float]
 
 
+COCO_NUMBERS = {
+    "map": "mAP50-95", "map_50": "mAP50", "map_75": "mAP75", "map_small": "mAP small", "map_medium": "mAP medium",
+    "map_large": "mAP large", "mar_1": "recall 1", "mar_10": "recall 10", "mar_100": "recall 100",
+}  # fmt: skip
+"""COCO's numbers by torchmetrics' names, and what they are called in the table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassScores:
+    """One class of the test images: images that show it, true boxes, and its average precision (None without boxes)."""
+
+    name: str
+    images: int
+    boxes: int
+    map50: float | None
+    map50_95: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """COCO's numbers by name, None where there is nothing to count, and the scores of each class."""
+
+    numbers: dict[str, float | None]
+    classes: tuple[ClassScores, ...]
+
+
 def predict(
     model: nn.Module, data: DetectionImages, texts: Tensor, *, batch_size: int = 8, title: str | None = None
 ) -> list[Tensor]:
@@ -53,27 +79,38 @@ def targets_of(data: DetectionImages) -> list[dict[str, Tensor]]:
     ]
 
 
-def score(found: list[Tensor], data: DetectionImages) -> Scores:
-    """Return the mean average precision of boxes as ``predict`` gives them; a class without true boxes is left out."""
-    from torchmetrics.detection.mean_ap import MeanAveragePrecision
+def report(found: list[Tensor], data: DetectionImages) -> Report:
+    """Return COCO's numbers, over all classes and for each, of boxes as ``predict`` gives them.
 
-    metric = MeanAveragePrecision(
-        box_format="xyxy", iou_type="bbox", class_metrics=False, backend="pycocotools", sync_on_compute=False
-    )
-    metric.warn_on_many_detections = False
+    Small, medium and large are COCO's (below 32 x 32, below 96 x 96, above), in pixels of the resized image.
+    """
     predictions = [{"boxes": boxes[:, :4], "scores": boxes[:, 4], "labels": boxes[:, 5].long()} for boxes in found]
     targets = targets_of(data)
-    metric.update(predictions, targets)
-    both = metric.compute()
-    by_class = {}
+    classes = []
     for label, name in enumerate(data.classes):
-        single = MeanAveragePrecision(
-            box_format="xyxy", iou_type="bbox", iou_thresholds=[0.5], backend="pycocotools", sync_on_compute=False
-        )
-        single.warn_on_many_detections = False
-        single.update(only_label(predictions, label), only_label(targets, label))
-        by_class[name] = max(float(single.compute()["map"]), 0.0)
-    return Scores(max(float(both["map_50"]), 0.0), max(float(both["map"]), 0.0), by_class)
+        truth = only_label(targets, label)
+        counts = [len(item["labels"]) for item in truth]
+        own = measured(only_label(predictions, label), truth) if sum(counts) else dict.fromkeys(COCO_NUMBERS)
+        classes.append(ClassScores(name, sum(map(bool, counts)), sum(counts), own["map_50"], own["map"]))
+    return Report(measured(predictions, targets), tuple(classes))
+
+
+def measured(items: list[dict[str, Tensor]], truth: list[dict[str, Tensor]]) -> dict[str, float | None]:
+    """Return COCO's numbers of predictions against the truth in this process; None where there is nothing to count."""
+    from torchmetrics.detection.mean_ap import MeanAveragePrecision
+
+    metric = MeanAveragePrecision(box_format="xyxy", iou_type="bbox", backend="pycocotools", sync_on_compute=False)
+    metric.warn_on_many_detections = False
+    metric.update(items, truth)
+    values = metric.compute()
+    return {name: None if float(values[name]) < 0 else float(values[name]) for name in COCO_NUMBERS}
+
+
+def score(found: list[Tensor], data: DetectionImages) -> Scores:
+    """Return the mean average precision of boxes as ``predict`` gives them, 0 where there is nothing to count."""
+    whole = report(found, data)
+    by_class = {each.name: each.map50 or 0.0 for each in whole.classes}
+    return Scores(whole.numbers["map_50"] or 0.0, whole.numbers["map"] or 0.0, by_class)
 
 
 def only_label(items: list[dict[str, Tensor]], label: int) -> list[dict[str, Tensor]]:
