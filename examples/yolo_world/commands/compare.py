@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from ..training.scores import Scores, evaluate
 from ..training.trainer import Curves, Trainer
 from .options import ALIASES, SPECS
 from .report import plain, readable_size, table, typed_command, versions
-from .series import asked_for, needs_one_process, note_lines, parse_series, same_series, train_in
+from .series import asked_for, needs_one_process, note_lines, parse_series, same_series, series_parser, train_in
 from .session import CommandError, Data, Session, load_base, load_data, load_spec, open_session, run_command
 from .train import CHECKPOINT, settings_of
 
@@ -244,8 +243,12 @@ def alias_names() -> dict[str, Any]:
     return yaml.safe_load(ALIASES.read_text(encoding="utf-8"))["aliases"]
 
 
-def add_own_options(parser: argparse.ArgumentParser) -> None:
-    """Add what this command has on top of train's options."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = series_parser(
+        "compare", "Train all specs, full fine-tuning and head only on one data set. It takes train's options too.",
+        out=Path("runs/compare"), without=("spec",),
+    )  # fmt: skip
     add = parser.add_argument_group("comparison").add_argument
     add("--specs", type=Path, nargs="+", metavar="FILE", help="spec files (default: all of specs/)")
     add(
@@ -256,27 +259,21 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
         help="rows without adapters (default: both)",
     )
     add("--full-lr", type=float, default=FULL_LR, help=f"learning rate of both baselines (default {FULL_LR:g})")
+    return parser
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of a command line; exits with a message if one is out of range."""
-    prog = "python -m examples.yolo_world compare"
-    args = parse_series(
-        prog, "Train all specs, full fine-tuning and head only on one data set. It takes train's options too.",
-        add_own_options, arguments, out=Path("runs/compare"), without=("spec",),
-    )  # fmt: skip
+    parser = make_parser()
+    args = parse_series(parser, arguments)
     args.specs = tuple(args.specs or default_specs())
     args.baselines = tuple(dict.fromkeys(args.baselines))
     names = [path.stem for path in args.specs]
     twice = sorted({name for name in names if names.count(name) > 1 or name in TITLES})
-    problem = None
     if not 0 < args.full_lr < math.inf:
-        problem = "--full-lr must be above 0"
-    elif twice:
-        problem = f"--specs: {twice[0]} names two rows; rename a file"
-    if problem:
-        print(f"{prog}: error: {problem}", file=sys.stderr)
-        raise SystemExit(2)
+        parser.error("--full-lr must be above 0")
+    if twice:
+        parser.error(f"--specs: {twice[0]} names two rows; rename a file")
     return args
 
 

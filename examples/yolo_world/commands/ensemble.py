@@ -32,7 +32,7 @@ from ..training.model import copy_model, use_classes
 from ..training.scores import Report, predict, report
 from .evaluate import markdown
 from .merge import write_model
-from .options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, add_options, check_options
+from .options import check_options, command_parser
 from .proofs import check_merged, example_images
 from .report import readable_size, versions, write_json
 from .session import CommandError, load_adapters, load_base, load_data, open_session, run_command
@@ -238,13 +238,11 @@ def fuse_boxes(found: Sequence[Tensor], weights: Sequence[float], size: int, fus
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.yolo_world ensemble",
-        description="One detector of several adapters: a weighted sum of their weights, or of their boxes.",
+    parser = command_parser(
+        "ensemble",
+        "One detector of several adapters: a weighted sum of their weights, or of their boxes.",
+        out=Path("runs/ensemble"),
     )
-    add_options(parser, "data", DATA_OPTIONS)
-    add_options(parser, "model", (*MODEL_OPTIONS, "adapter"))
-    add_options(parser, "run", RUN_OPTIONS, out=Path("runs/ensemble"))
     add = parser.add_argument_group("ensemble").add_argument
     add(
         "--coefficients",

@@ -13,7 +13,7 @@ from typing import Any
 import convpeft
 
 from ..training.scores import COCO_NUMBERS, Report, predict, report
-from .options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, add_options, check_options
+from .options import check_options, command_parser
 from .report import table, versions, write_json
 from .session import load_adapters, load_base, load_data, open_session, run_command
 
@@ -35,13 +35,9 @@ def markdown(reports: dict[str, Report]) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.yolo_world evaluate",
-        description="COCO mAP, over all classes and for each, of the base and of adapters on the test images.",
+    parser = command_parser(
+        "evaluate", "COCO mAP, over all classes and for each, of the base and of adapters on the test images."
     )
-    add_options(parser, "data", DATA_OPTIONS)
-    add_options(parser, "model", (*MODEL_OPTIONS, "adapter"))
-    add_options(parser, "run", RUN_OPTIONS)
     parser.add_argument("--together", action="store_true", help="all adapters at once (their sum), not one by one")
     return parser
 

@@ -32,7 +32,7 @@ from convpeft.integrations.ultralytics import fuse
 
 from ..data.files import write_atomically
 from ..training.model import copy_model, use_classes
-from .options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, add_options, check_options
+from .options import check_options, command_parser
 from .proofs import CheckError, check_merged, compare_outputs, example_images, is_plain, raw_output
 from .report import readable_size, versions, write_json
 from .session import CommandError, ask_classes, load_adapters, load_base, open_session, run_command
@@ -141,13 +141,11 @@ def has_chains(model: nn.Module) -> bool:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.yolo_world merge",
-        description="Merge adapters into plain layers; write a checkpoint, and ONNX, and check both.",
+    parser = command_parser(
+        "merge",
+        "Merge adapters into plain layers; write a checkpoint, and ONNX, and check both.",
+        out=Path("runs/merge"),
     )
-    add_options(parser, "data", DATA_OPTIONS)
-    add_options(parser, "model", (*MODEL_OPTIONS, "adapter"))
-    add_options(parser, "run", RUN_OPTIONS, out=Path("runs/merge"))
     add = parser.add_argument_group("merge").add_argument
     add(
         "--names",

@@ -1,11 +1,8 @@
 """The options of every command, spelled and checked in one way.
 
-A command picks options by name, and changes defaults where it must:
+A command takes those on data, model and run, adds its own, and has all of them checked:
 
-    parser = argparse.ArgumentParser(prog="python -m examples.yolo_world evaluate", description="...")
-    add_options(parser, "data", DATA_OPTIONS)
-    add_options(parser, "model", (*MODEL_OPTIONS, "adapter"))
-    add_options(parser, "run", RUN_OPTIONS, out=Path("runs/evaluate"))
+    parser = command_parser("merge", "Merge adapters into plain layers.", out=Path("runs/merge"))
     args = check_options(parser, parser.parse_args(arguments))
 """
 
@@ -84,6 +81,24 @@ def add_options(parser: argparse.ArgumentParser, title: str, names: Sequence[str
     for name in names:
         group.add_argument("--" + name.replace("_", "-"), **OPTIONS[name])
     parser.set_defaults(**defaults)
+
+
+def command_parser(
+    name: str, description: str, *, model: Sequence[str] = ("adapter",), out: Path | None = None
+) -> argparse.ArgumentParser:
+    """Return a command's parser with the options on data, model and run.
+
+    Args:
+        name: the command's.
+        description: of the command.
+        model: further options on the model.
+        out: default of ``--out``.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m examples.yolo_world {name}", description=description)
+    add_options(parser, "data", DATA_OPTIONS)
+    add_options(parser, "model", (*MODEL_OPTIONS, *model))
+    add_options(parser, "run", RUN_OPTIONS, out=out)
+    return parser
 
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:

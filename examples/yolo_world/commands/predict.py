@@ -25,7 +25,7 @@ import convpeft
 from ..data.images import SUFFIXES, DataError, read_pixels, to_square
 from ..training.model import decode, use_classes
 from .evaluate import choices_of
-from .options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, add_options, check_options
+from .options import check_options, command_parser
 from .report import write_json
 from .session import ask_classes, load_adapters, load_base, open_session, run_command
 
@@ -139,14 +139,12 @@ def write_picture(path: Path, pixels: np.ndarray) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.yolo_world predict",
-        description="Find defects on images, with the base or with adapters; writes pictures and JSON.",
+    parser = command_parser(
+        "predict",
+        "Find defects on images, with the base or with adapters; writes pictures and JSON.",
+        out=Path("runs/predict"),
     )
     parser.add_argument("sources", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
-    add_options(parser, "data", DATA_OPTIONS)
-    add_options(parser, "model", (*MODEL_OPTIONS, "adapter"))
-    add_options(parser, "run", RUN_OPTIONS, out=Path("runs/predict"))
     add_prediction_options(parser)
     add = parser.add_argument
     add("--together", action="store_true", help="all adapters at once (their sum), not one by one")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,44 +27,36 @@ FREE = ("out", "cache", "device", "threads", "workers", "checkpoint_every", *OF_
 """Options that may differ from one run to the next without changing what is found."""
 
 
-def parse_series(
-    prog: str, description: str, own: Callable[[argparse.ArgumentParser], None], arguments: Sequence[str] | None,
-    *, out: Path, without: Iterable[str] = (),
-) -> argparse.Namespace:  # fmt: skip
-    """Return the options of a command that takes train's and its own; exits with a message if one is wrong.
+def series_parser(name: str, description: str, *, out: Path, without: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """Return the parser of a command that takes train's options, to which it adds its own.
 
     Args:
-        prog: the command as it is called.
+        name: the command's.
         description: of the command.
-        own: adds its own options to a parser.
-        arguments: the command line; None for the program's own.
         out: default of ``--out``.
         without: further options of train that it does not take, by name.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    whole = argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        parents=[train.make_parser()],
-        conflict_handler="resolve",
-        allow_abbrev=False,
-    )
-    own(whole)
-    whole.set_defaults(out=out)
-    hidden = {*OF_TRAIN_ALONE, *without}
-    for action in whole._actions:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m examples.yolo_world {name}", description=description, parents=[train.make_parser()],
+        conflict_handler="resolve", allow_abbrev=False,
+    )  # fmt: skip
+    hidden = (*OF_TRAIN_ALONE, *without)
+    for action in parser._actions:
         if action.dest in hidden:
             action.help = argparse.SUPPRESS
-    given = whole.parse_args(arguments)
-    refused = [name for name in sorted(hidden) if getattr(given, name) != whole.get_default(name)]
+    parser.set_defaults(out=out, of_train_alone=hidden)
+    return parser
+
+
+def parse_series(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of a command line, those of train checked; exits with a message if one is wrong."""
+    args = parser.parse_args(arguments)
+    hidden = args.of_train_alone
+    del args.of_train_alone
+    refused = [name for name in hidden if getattr(args, name) != parser.get_default(name)]
     if refused:
-        whole.error(f"--{refused[0].replace('_', '-')} belongs to train; this command sets it for each training")
-    mine = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own(mine)
-    options, rest = mine.parse_known_args(arguments)
-    args = train.parse(["--out", str(out), *rest])
-    vars(args).update(vars(options))
-    return args
+        parser.error(f"--{refused[0].replace('_', '-')} belongs to train; this command sets it for each training")
+    return train.check(parser, args)
 
 
 def needs_one_process(session: Session, what: str) -> None:

@@ -37,7 +37,7 @@ from ..training.parallel import KINDS, full, shard
 from ..training.schedule import WARM_UP
 from ..training.scores import Scores, evaluate
 from ..training.trainer import CLIP_NORM, Curves, Trainer, TrainSettings, moving_tensors
-from .options import DATA_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, TRAINING_OPTIONS, add_options, check_options
+from .options import TRAINING_OPTIONS, add_options, check_options, command_parser
 from .report import plain, table, typed_command, versions
 from .session import Data, Session, close_session, load_base, load_data, load_spec, open_session, run_command
 
@@ -79,13 +79,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.yolo_world train",
-        description="Train one adapter on a YOLO-World detector. Also under torchrun or accelerate launch.",
+    parser = command_parser(
+        "train",
+        "Train one adapter on a YOLO-World detector. Also under torchrun or accelerate launch.",
+        model=("spec", "aliases"),
+        out=Path("runs/train"),
     )
-    add_options(parser, "data", DATA_OPTIONS)
-    add_options(parser, "model", (*MODEL_OPTIONS, "spec", "aliases"))
-    add_options(parser, "run", RUN_OPTIONS, out=Path("runs/train"))
     add_options(parser, "training", TRAINING_OPTIONS)
     add_training_options(parser)
     add_augmentation_options(parser)
@@ -95,7 +94,12 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of a command line; exits with a message if one is out of range."""
     parser = make_parser()
-    args = check_options(parser, parser.parse_args(arguments))
+    return check(parser, parser.parse_args(arguments))
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Return the options with what depends on others filled in, or exit with a message if one is out of range."""
+    check_options(parser, args)
     for name in ("epochs", "lr"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:

@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import json
 import math
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from ..data.files import write_atomically
 from ..training.scores import Scores
 from ..training.stream import seed_of
 from .report import plain, table, versions
-from .series import asked_for, needs_one_process, parse_series, same_series, train_in
+from .series import asked_for, needs_one_process, parse_series, same_series, series_parser, train_in
 from .session import CommandError, Data, Session, load_base, load_data, load_spec, open_session, run_command
 from .train import CHECKPOINT
 
@@ -301,8 +300,12 @@ class Tuner:
         return scores.map50_95
 
 
-def add_own_options(parser: argparse.ArgumentParser) -> None:
-    """Add what this command has on top of train's options."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = series_parser(
+        "tune", "Search for rank or reduction, learning rate and positions with Optuna. It takes train's options too.",
+        out=Path("runs/tune"), without=("lr",),
+    )  # fmt: skip
     add = parser.add_argument_group("search").add_argument
     add("--trials", type=int, default=20, help="trials of the study in all, whoever runs them (default 20)")
     add("--ranks", type=int, nargs="+", default=(4, 8, 16, 32), help="ranks to try, in every rule that has one (default 4 8 16 32)")  # fmt: skip
@@ -313,15 +316,13 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
     add("--pruner", choices=("median", "none"), default="median", help="stop a trial that is below the median so far (default median)")  # fmt: skip
     add("--heartbeat", type=int, default=20,
         help="seconds between signs of life; a process silent for three times that is taken as dead (default 20)")  # fmt: skip
+    return parser
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of a command line; exits with a message if one is out of range."""
-    args = parse_series(
-        "python -m examples.yolo_world tune",
-        "Search for rank or reduction, learning rate and positions with Optuna. It takes train's options too.",
-        add_own_options, arguments, out=Path("runs/tune"), without=("lr",),
-    )  # fmt: skip
+    parser = make_parser()
+    args = parse_series(parser, arguments)
     low, high = args.lr_range
     problems = {
         "--trials must be at least 1": args.trials < 1,
@@ -332,8 +333,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     }
     for problem, found in problems.items():
         if found:
-            print(f"python -m examples.yolo_world tune: error: {problem}", file=sys.stderr)
-            raise SystemExit(2)
+            parser.error(problem)
     return args
 
 

@@ -40,11 +40,7 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
     if launched > 1 and not torch.cuda.is_available():
         device = "cpu"  # accelerate joins processes on the CPU only if it is told to use it
     waiting = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # others wait while the first one evaluates
-    accelerator = Accelerator(
-        cpu=device == "cpu",
-        mixed_precision=precision,
-        kwargs_handlers=[waiting],
-    )
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision, kwargs_handlers=[waiting])
     if accelerator.num_processes != launched:
         raise RuntimeError(
             f"{launched} processes were launched, but accelerate sees {accelerator.num_processes} on {accelerator.device}"

@@ -126,18 +126,7 @@ def test_the_command_runs_under_torchrun(folder):
         "--spec",
         spec,
     ]
-    common += [
-        "--image-size",
-        64,
-        "--threads",
-        1,
-        "--steps",
-        3,
-        "--evaluations",
-        1,
-        "--batch-size",
-        1,
-    ]
+    common += ["--image-size", 64, "--threads", 1, "--steps", 3, "--evaluations", 1, "--batch-size", 1]
     said = torchrun(*map(str, [*common, "--out", folder / "torchrun"]))
     assert said.count("best mAP50-95") == 1, "one process speaks"
     log = json.loads((folder / "torchrun" / "log.json").read_text(encoding="utf-8"))
