@@ -31,9 +31,10 @@ def imported(path: Path) -> list[tuple[int, list[str]]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = own[: len(own) + 1 - node.level]
-            found.append((node.lineno, [*base, *(node.module or "").split(".")]))
+            named = [node.module.split(".")] if node.module else [[each.name] for each in node.names]
+            found += [(node.lineno, [*base, *parts]) for parts in named]
         elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("examples."):
-            found.append((node.lineno, node.module.split(".")[2:]))
+            found.append((node.lineno, str(node.module).split(".")[2:]))
     return found
 
 
@@ -42,6 +43,17 @@ def test_imports_point_one_way(path):
     own = rank(list(path.relative_to(ROOT).parts))
     upward = [(line, ".".join(parts)) for line, parts in imported(path) if rank(parts) > own]
     assert not upward
+
+
+def test_no_module_is_imported_by_what_it_imports():
+    modules = {tuple(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    below = {
+        name: {tuple(parts) for _, parts in imported(path) if tuple(parts) in modules} for name, path in modules.items()
+    }
+    while below:
+        leaves = {name for name, others in below.items() if not others & below.keys()}
+        assert leaves, f"in a circle: {sorted('.'.join(name) for name in below)}"
+        below = {name: others for name, others in below.items() if name not in leaves}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -144,16 +144,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "merge",
         "Merge adapters into plain layers; write a checkpoint, and ONNX, and check both.",
+        model=("adapter", "names"),
         out=Path("runs/merge"),
     )
     add = parser.add_argument_group("merge").add_argument
-    add(
-        "--names",
-        nargs="+",
-        default=(),
-        metavar="TEXT",
-        help="class texts the ONNX file looks for, instead of --classes",
-    )
     add("--form", choices=("auto", "single", "factored"), default="auto",
         help="auto takes what costs less, single leaves every layer one kernel (default auto)")  # fmt: skip
     add("--partial", action="store_true", help="merge what merges and leave the rest adapted, instead of refusing")

@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "texts": {"type": Path, "help": "text features {name: (512,)}, .safetensors or .pt; default: CLIP if cached, else by name"},
     "spec": {"type": Path, "default": SPEC, "help": "adapter specification (default specs/rep_mona.yaml)"},
     "aliases": {"type": Path, "help": "named positions of the spec (default: ultralytics' names)"},
+    "names": {"nargs": "+", "default": (), "metavar": "TEXT", "help": "class texts to look for, instead of --classes"},
     "adapter": {"type": Path, "nargs": "+", "default": (), "metavar": "FILE", "help": "adapter files, .safetensors"},
     "weight_decay": {"type": float, "default": Recipe.weight_decay,
                      "help": "of weights; norms, biases and scales have none (default 0.05)"},

@@ -142,6 +142,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "predict",
         "Find defects on images, with the base or with adapters; writes pictures and JSON.",
+        model=("adapter", "names"),
         out=Path("runs/predict"),
     )
     parser.add_argument("sources", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
@@ -156,7 +157,6 @@ def make_parser() -> argparse.ArgumentParser:
 def add_prediction_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what to look for and which boxes to keep."""
     add = parser.add_argument_group("prediction").add_argument
-    add("--names", nargs="+", default=(), metavar="TEXT", help="class texts to look for, instead of --classes")
     add("--confidence", type=float, default=0.25, help="boxes below it are left out (default 0.25)")
     add("--overlap", type=float, default=0.6, help="of two boxes above this overlap (IoU) one stays (default 0.6)")
 
