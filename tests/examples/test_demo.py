@@ -92,6 +92,16 @@ def test_everything_promised_is_in_the_output_folder(finished, results):
     assert "made from the class names" in printed or "CLIP" in printed
 
 
+def test_tensorboard_has_each_trainings_curves(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / "tensorboard")).Reload()
+    wanted = {f"{kind} {name}/{value}" for kind in ("adapter", "full") for name in ("tile", "washer") for value in ("loss", "map50")}  # fmt: skip
+    assert wanted <= set(events.Tags()["scalars"])
+    base = EventAccumulator(str(finished[0] / "tensorboard" / "base")).Reload()
+    assert "base/loss" in base.Tags()["scalars"]
+
+
 def test_training_moves_the_adapters(results):
     for title, curves in results["curves"].items():
         assert len(curves["losses"]) == results["options"]["steps"], title

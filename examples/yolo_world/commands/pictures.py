@@ -56,7 +56,7 @@ def save_comparison(
     Args:
         path: PNG to write.
         data: the images.
-        columns: title to boxes of all images, as ``evaluate.predict`` gives them.
+        columns: title to boxes of all images, as ``scores.predict`` gives them.
         count: number of rows.
         least: confidence below which a box is not drawn.
     """

@@ -1,8 +1,8 @@
 """Write a category in MVTec AD's layout again as COCO JSON or as labelme JSON, to try the other readers on the same images.
 
     python -m examples.yolo_world generate runs/data --categories tile
-    python -m examples.yolo_world.layouts runs/data tile --form coco runs/tile_coco
-    python -m examples.yolo_world.layouts runs/data tile --form labelme runs/tile_labelme
+    python -m tests.examples.data.layouts runs/data tile --form coco runs/tile_coco
+    python -m tests.examples.data.layouts runs/data tile --form labelme runs/tile_labelme
 
 The images are copied. In COCO form the sides of ``read_category`` become ``train.json`` and ``val.json``; labelme has one
 folder, with rectangles for small parts of a mask and their convex outlines for the others.
@@ -124,7 +124,7 @@ def write_labelme(root: Path, category: str, folder: Path, *, min_area: int = 25
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write from the command line and return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.yolo_world.layouts",
+        prog="python -m tests.examples.data.layouts",
         description="Write a category in MVTec AD's layout again as COCO JSON or as labelme JSON.",
     )
     parser.add_argument("root", type=Path, help="folder that holds the categories")

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("ultralytics")
 pytest.importorskip("accelerate")
 
-from examples.yolo_world.training.guard import Guard, GuardSettings
+from examples.yolo_world.training.guard import GIVE_UP, Guard, GuardSettings
 from tests.training_toys import same, toy_trainer, values
 
 
@@ -102,6 +102,14 @@ def test_a_run_that_cannot_be_held_is_given_up():
     )
     with pytest.raises(FloatingPointError, match=r"step 3: the loss is nan.*after 2 returns.*lower --lr"):
         trainer.run()
+
+
+def test_a_training_that_gives_up_ends_at_its_first_bad_step():
+    trainer = toy_trainer(extra_loss=Poison({2 * 4}, finite_loss=False), guard=GIVE_UP)
+    with pytest.raises(FloatingPointError, match=r"^step 5: the loss is nan\. Start again with a lower --lr"):
+        trainer.run()
+    assert len(trainer.curves.losses) == 4
+    assert a_guard(streak=GIVE_UP.streak, spike=GIVE_UP.spike)[0].fault(1e30, 1.0) is None
 
 
 def test_an_explosion_by_a_huge_rate_ends_with_a_finite_loss():
