@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.yolo_world.model import build_world_model, unfreeze_all, use_classes
-from examples.yolo_world.texts import features_from_name
+from examples.yolo_world.data.texts import features_from_name
+from examples.yolo_world.training.model import build_world_model, unfreeze_all, use_classes
 
 from .runner import Case
 

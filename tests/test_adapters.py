@@ -11,7 +11,8 @@ from torch import nn
 import convpeft
 from convpeft.adapters import Adapter
 from convpeft.hosts.forward import _update as update
-from convpeft.injection import install, switching
+from convpeft.injection.inject import switching
+from convpeft.injection.install import install
 
 from .cases import (
     DTYPES,

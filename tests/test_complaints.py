@@ -131,8 +131,8 @@ def test_6_a_few_labelled_images_with_their_class_list_are_a_data_set(tmp_path):
     import cv2
     import numpy as np
 
-    from examples.yolo_world.datasets import open_dataset
-    from examples.yolo_world.texts import load_class_texts
+    from examples.yolo_world.data.datasets import open_dataset
+    from examples.yolo_world.data.texts import load_class_texts
 
     classes = tmp_path / "classes.json"
     classes.write_text(json.dumps([["defect"], ["dust"], ["discoloration"], ["coil"]]), encoding="utf-8")
@@ -153,8 +153,8 @@ def test_6_a_few_labelled_images_with_their_class_list_are_a_data_set(tmp_path):
 
 def test_7_the_rate_is_never_negative_and_an_explosion_is_survived():
     pytest.importorskip("accelerate")
-    from examples.yolo_world.guard import GuardSettings
-    from examples.yolo_world.schedule import FLOOR, rate_factor
+    from examples.yolo_world.training.guard import GuardSettings
+    from examples.yolo_world.training.schedule import FLOOR, rate_factor
 
     from .training_toys import toy_trainer
 

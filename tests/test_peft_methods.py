@@ -309,7 +309,7 @@ def test_saved_loaded_copied_and_pickled_is_the_same(kind, name, tmp_path):
 def test_a_base_loaded_later_and_an_unfrozen_host_are_read_as_they_are_then(kind):
     case = CASES["1x1"]
     x, kinds = case.input(), (kind,)
-    model = shaken(case, *several)
+    model = shaken(case, *kinds)
     base = net(case)
     model.load_state_dict(base.state_dict(), strict=True)
     weight, bias = merged_by_peft(model.layer, model.layer.convpeft.a)

@@ -17,7 +17,7 @@ pytest.importorskip("ultralytics")
 import convpeft
 from convpeft.hosts.chains import attach_chains
 from convpeft.integrations.ultralytics import fuse
-from examples.yolo_world.model import decode
+from examples.yolo_world.training.model import decode
 
 from .cases import assert_relative, bits, same_bits
 from .world import LAST, MERGEABLE, NECK, moved, outputs, pictures, same, world

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.yolo_world.engine import make_accelerator
-from examples.yolo_world.trainer import Trainer, TrainSettings
+from examples.yolo_world.training.parallel import make_accelerator
+from examples.yolo_world.training.trainer import Trainer, TrainSettings
 
 TEXTS = torch.zeros(1, 2, 512)
 
@@ -50,7 +50,7 @@ def toy_trainer(
     settings = TrainSettings(**{"steps": 12, "batch_size": 3, "accumulation": 2, "seed": seed, **options})
     groups = [{"params": list(model.parameters()), "lr": lr, "weight_decay": 0.01, "name": "all"}]
     return Trainer(
-        model, groups, Colours(), TEXTS, settings, accelerator=make_accelerator("cpu", "no", 1), guard=guard,
+        model, groups, Colours(), TEXTS, settings, accelerator=make_accelerator("cpu", "no"), guard=guard,
         extra_loss=extra_loss, say=lambda text: None,
     )  # fmt: skip
 
@@ -67,8 +67,8 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def tiny_world(folder: Path) -> tuple[Path, Path]:
     """Write a small generated data set and the weights of an untrained YOLO-World-n; return both paths."""
-    from examples.yolo_world.generate import generate
-    from examples.yolo_world.model import build_world_model
+    from examples.yolo_world.data.generate import generate
+    from examples.yolo_world.training.model import build_world_model
 
     generate(folder / "parts", ["mesh"], images=4, good=2, size=64)
     torch.save({"model": build_world_model("n"), "train_args": {}}, folder / "tiny-worldv2.pt")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import convpeft
 from benchmarks.detectors.comparisons import tensors
 from convpeft.adapters import Adapter
-from examples.yolo_world import model as worlds
+from examples.yolo_world.training import model as worlds
 
 CLASSES = 3
 NECK = "model.{12,15,18,21}.cv2.conv"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..errors import StateError, UnknownAdapter, closest
 from .records import AdapterRecord, ModelState
-from .slots import Slots, slots_of
+from .slots import BASE, Slots, slots_of
 from .swap import adapt, check_restorable, restore
 from .unfrozen import remove_owner, tensors_of
 
@@ -128,6 +128,20 @@ class AdaptedModel:
     def unfrozen(self, name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield each module that an adapter unfroze, by name, with the adapter's own values of its tensors."""
         return ((key, tensors_of(self.module(key), name)) for key in self.record(name).owned)
+
+    def tensors(self, module: str, name: str | None = None) -> dict[str, Tensor]:
+        """Return an unfrozen module's tensors as an adapter has them (None: as the base has them)."""
+        return tensors_of(self.module(module), BASE if name is None else name)
+
+    def replace(self, layer: str, name: str, adapter: Adapter) -> None:
+        """Put another adapter in the place of the one called ``name`` on a layer, in place."""
+        self.adapter(layer, name)
+        self.slots(layer).replace(name, adapter)
+
+    def freeze_again(self, module: str, name: str) -> None:
+        """Drop an adapter's own values of a module's tensors, in place; the base's count from then on."""
+        remove_owner(self.module(module), name)
+        del self.record(name).owned[module]
 
     def touched(self, names: Iterable[str]) -> dict[str, nn.Module]:
         """Return, by name, every module that one of the named adapters sits on or unfroze."""

@@ -1,6 +1,6 @@
-"""Adapters on ultralytics' YOLO-World: data, training, swap and merge in one demo.
+"""Adapters on ultralytics' YOLO-World: a quickstart to read, a demo to run, and commands for one's own data.
 
-Run ``python -m examples.yolo_world.demo --help`` from the repository's root.
+Run ``python -m examples.yolo_world`` from the repository's root for the list; ``README.md`` beside this file explains it.
 """
 
 import os
