@@ -11,8 +11,7 @@ from torch import nn
 import convpeft
 from convpeft.adapters import Adapter
 from convpeft.hosts.forward import _update as update
-from convpeft.injection.inject import switching
-from convpeft.injection.install import install
+from convpeft.injection import install, switching
 
 from .cases import (
     DTYPES,

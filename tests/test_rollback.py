@@ -9,8 +9,7 @@ from torch import nn
 import convpeft
 from convpeft.adapters.registry import adapter_class
 from convpeft.hosts.slots import Slots
-from convpeft.injection.inject import switching
-from convpeft.injection.install import install
+from convpeft.injection import install, switching
 
 from .detector import Untouched, detector, images, scrambled, two
 

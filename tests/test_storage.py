@@ -175,7 +175,7 @@ def test_a_refusal_leaves_an_active_adapter_as_it_is(original, tmp_path):
 
 
 def test_a_failure_in_the_last_step_gives_everything_back(original, monkeypatch):
-    from convpeft.injection.install import install
+    from convpeft.injection import install
 
     def fail(*arguments):
         raise KeyboardInterrupt
