@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -289,11 +289,10 @@ class ConvGeometry:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain data for an adapter file; later ones only where they say something."""
-        defaults = {field.name: field.default for field in fields(self)}
         return {
             key: list(value) if isinstance(value, tuple) else value
-            for key, value in asdict(self).items()
-            if key not in LATER_FIELDS or value != defaults[key]
+            for key, value in vars(self).items()
+            if key not in LATER_FIELDS or value != getattr(type(self), key)
         }
 
     @classmethod

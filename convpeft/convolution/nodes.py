@@ -154,13 +154,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor | None,
-        up: Tensor | None,
-        how: _How,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, how: _How
     ) -> Tensor:
         """Return the output; see ``convolve``."""
         output, hidden = _forward(x, weight, bias, down, up, how.conv, how.form)

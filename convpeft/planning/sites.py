@@ -155,7 +155,7 @@ class Sites:
         )
 
 
-class _Refused(Exception):  # noqa: N818  # not an error of ours: the end of the sentence that begins with the module
+class _Refused(Exception):  # not an error of ours: the end of the sentence that begins with the module
     """Why there can be no adapter."""
 
 
