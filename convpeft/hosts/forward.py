@@ -64,7 +64,7 @@ def adapted_output(
 
 
 def _update(layer: Any, adapter: Any, x: Tensor, own: Tensor) -> Tensor:
-    """Return what a parallel adapter adds; one that reads its host is lent the layer's weight and output."""
+    """Return what a parallel adapter adds; one that reads its host is passed the layer's weight and output."""
     if adapter.reads_host:
         return adapter(x, Host(layer.weight, layer.bias, own))
     if adapter.site.geometry.transposed:  # its caller may have asked for an output size

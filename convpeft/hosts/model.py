@@ -11,7 +11,7 @@ from ..adapters.base import Adapter
 from ..errors import StateError, UnknownAdapter, closest
 from .records import AdapterRecord, ModelState
 from .slots import BASE, Slots, slots_of
-from .swap import adapt, check_restorable, restore
+from .swap import check_restorable, restore
 from .unfrozen import remove_owner, tensors_of
 
 ATTRIBUTE = "_convpeft_state"
@@ -168,14 +168,6 @@ class AdaptedModel:
         self.require_hosts()
         for name in self.state.swapped:
             check_restorable(name, self.module(name))
-
-    def swap(self, name: str) -> Slots:
-        """Swap the class of the user's module of that name, in place, and return its slots."""
-        if name not in self.state.swapped:
-            slots = adapt(self.module(name))
-            self.state.swapped.append(name)
-            return slots
-        return self.slots(name)
 
     def restore(self, names: Iterable[str]) -> None:
         """Give swapped modules their own classes back, in place."""

@@ -16,8 +16,9 @@ from ..convolution.nodes import is_convolution, is_norm, normalise
 from ..errors import HostError
 from .forward import adapted_output, convolved
 from .guards import fusing_methods, refuse_another_bias, refusing
+from .modules import exact_copies
 from .slots import SLOT, Slots, Swapped, base_class, slots_of
-from .unfrozen import route_checkpoint, swap_in
+from .unfrozen import keep_shown, route_checkpoint, swap_in
 
 
 class Adapted(Swapped):
@@ -218,6 +219,14 @@ def check_restorable(name: str, module: nn.Module) -> None:
             )
     except HostError as error:
         raise HostError(f"{name or '(root)'}: {error}; the model is unchanged.") from None
+
+
+def plain_copy(module: nn.Module) -> Any:
+    """Return a copy without adapters, with the values that are shown now, in float64 on the CPU and in eval mode."""
+    (plain,) = exact_copies([module])
+    keep_shown(plain)
+    restore(plain)
+    return plain
 
 
 def wants_training(module: nn.Module) -> bool:

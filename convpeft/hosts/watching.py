@@ -1,4 +1,4 @@
-"""What one forward pass does with a model's modules: which ran, and whose tensors somebody else read.
+"""Watch one forward pass: which modules ran, and whose weights were read by somebody else.
 
 Hooks on the modules themselves would change what is watched (``nn.TransformerEncoderLayer`` leaves its fast path when
 there are any), so torch's global hooks tell which modules run, and a dispatch mode sees every tensor that an operation
@@ -121,7 +121,7 @@ class _Reads(TorchDispatchMode):
                         self.found.readers[id(host)] = f"{self._reader()} in {func}"
 
     def _is_running(self, modules: tuple[nn.Module, ...]) -> bool:
-        """Whether one of the modules is running: it was called, or its forward was."""
+        """Return whether one of the modules is running: it was called, or its forward was."""
         wanted = {id(module) for module in modules}
         if any(id(module) in wanted for module in self.running):
             return True
@@ -162,7 +162,7 @@ def _held(root: nn.Module, hosts: list[nn.Module]) -> dict[int, list[_Held]]:
 
 
 def _only_looks(func: Any) -> bool:
-    """Whether an operation makes a view or something like its operand, and so reads no number of it."""
+    """Return whether an operation makes a view or something like its operand, and so reads no number of it."""
     name = str(func.name()).split("::")[-1].split(".")[0]
     return getattr(func, "is_view", False) or name.endswith("_like") or name.startswith("new_") or name == "detach"
 

@@ -31,7 +31,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every active adapter ran, and no layer was read past."""
+        """Return whether every active adapter ran, and no layer was read past."""
         return not self.never_called and not self.read_past
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ from ..hosts.slots import slots_of
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Fuse a merged ultralytics model for inference, in place, and return it: its own ``fuse()``, made right.
+    """Fuse the norms of a merged ultralytics model into its convolutions, in place, and return it.
 
     ``model.fuse()`` folds each block's BatchNorm into the block's convolution. Where ``convpeft.merge`` left a chain
     beside that convolution, the norm scales the chain too, so it goes into both here: every chain's last step is scaled
@@ -65,7 +65,7 @@ def _fuse(model: Any) -> list[str]:
 
 
 def _folds_beside(block: Any) -> bool:
-    """Whether a block is ultralytics' convolution, norm, activation, with chains beside its convolution only."""
+    """Return whether a block is ultralytics' convolution, norm, activation, with chains beside its convolution only."""
     conv, norm = block._modules.get("conv"), block._modules.get("bn")
     if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return False

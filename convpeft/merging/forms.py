@@ -1,4 +1,4 @@
-"""In which form one adapted layer merges, and the merged kernels: a pure question about one layer."""
+"""Work out in which form one adapted layer merges, and its kernels in float64; no model is looked at or changed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a job comes to.
+    """The merged form of one layer, or the reason why it has none.
 
     Attributes:
         form: ``absorbed`` (same kernel size), ``single`` (one larger kernel), ``factored`` (plain chains added) or ``kept``.
@@ -70,7 +70,7 @@ class Merged:
 
     @property
     def macs_after(self) -> int | None:
-        """Of the chosen form."""
+        """Multiply-accumulates of the chosen form, for one output position."""
         return self.macs_factored if self.form == "factored" else self.macs_single
 
     def kept(self, reason: str) -> Merged:
@@ -127,7 +127,7 @@ def host_kernel(layer: nn.Module) -> ConvKernel | None:
 
 
 def _computed(layer: nn.Module) -> str:
-    """Say which of a layer's tensors is not a parameter that a merge could replace; empty if none is."""
+    """Return which of a layer's tensors is no parameter that a merge could replace, in words; empty if all are."""
     for name in ("weight", "bias"):
         needed = name == "weight" or getattr(layer, name, None) is not None
         if needed and layer._parameters.get(name) is None:
@@ -144,7 +144,7 @@ def _is_zero(kernel: ConvKernel) -> bool:
 
 
 def _is_foldable(host: ConvKernel, after: Sequence[Chain]) -> bool:
-    """Whether output chains fold into the layer whose output they read: 1x1 after anything, groups alike."""
+    """Return whether output chains fold into the layer whose output they read: 1x1 after anything, groups alike."""
     return all(step.geometry.is_pointwise and step.geometry.groups == host.geometry.groups for c in after for step in c)
 
 

@@ -14,8 +14,7 @@ from ..convolution.kernels import Chain, ConvKernel
 from ..errors import MergeError
 from ..hosts.chains import set_bias
 from ..hosts.modules import exact_copies
-from ..hosts.swap import restore
-from ..hosts.unfrozen import keep_shown
+from ..hosts.swap import plain_copy
 from .forms import Job, Merged
 
 
@@ -47,14 +46,6 @@ def _padding_as(like: nn.Module) -> nn.Module:
     from timm.layers import Conv2dSame  # the layer is timm's own, and standardises its weight besides
 
     return Conv2dSame(1, 1, 1, bias=False).to(torch.float64)
-
-
-def plain_copy(module: nn.Module) -> nn.Module:
-    """Return a copy without adapters, values as shown, in float64 on the CPU and in eval mode."""
-    (plain,) = exact_copies([module])
-    keep_shown(plain)
-    restore(plain)
-    return plain
 
 
 def bare_copy(layer: nn.Module) -> nn.Module:

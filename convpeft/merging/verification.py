@@ -1,4 +1,4 @@
-"""What a merge cannot see in one layer alone: whether anybody else reads its weight, and what the whole model gives."""
+"""Check a merge on the whole model: whether another module reads a merged layer's weight, and whether outputs agree."""
 
 from __future__ import annotations
 

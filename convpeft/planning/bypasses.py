@@ -1,6 +1,6 @@
-"""Layers whose weight a parent reads past them, so that an adapter there would never be asked: found without running.
+"""Layers that are bypassed: their parent reads their weight instead of calling them, so an adapter there never runs.
 
-The source of the forward passes is read (``sources.py``). What that does not show, running does: ``convpeft.check``.
+The source of the forward passes tells (``forward_source``). What it does not show, ``convpeft.check`` finds by running.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from torch import nn
 from ..hosts.modules import base_class
 from .forward_source import Condition, Path, Use, method_of, source_of
 
-_NOT_A_CALL = frozenset(
-    ["_conv_forward", "parameters", "named_parameters", "buffers", "state_dict", "requires_grad_", "extra_repr"]
-)
-
+_NOT_A_CALL = {
+    "_conv_forward", "parameters", "named_parameters", "buffers", "state_dict", "requires_grad_", "extra_repr",
+}  # fmt: skip
 _FAST_PATHS: dict[Any, dict[str, str]] = {  # at inference these read all of it, though elsewhere they call it
     nn.TransformerEncoderLayer: {
         **{child: f"{child}.weight" for child in ("linear1", "linear2", "norm1", "norm2")},
@@ -44,9 +43,9 @@ class Reader:
 
 
 def weight_readers(modules: Iterable[nn.Module]) -> dict[int, Reader]:
-    """Return, by ``id``, the modules that one of ``modules`` reads a weight of in its forward pass.
+    """Return, by ``id``, the modules whose weight another of ``modules`` reads in its forward pass, and the reader.
 
-    Biases do not count, for most adapters leave them alone. A certain reader goes before an uncertain one.
+    Biases do not count, since most adapters do not change them. A certain reader is preferred to an uncertain one.
     """
     found: dict[int, Reader] = {}
     for module in modules:
@@ -55,6 +54,16 @@ def weight_readers(modules: Iterable[nn.Module]) -> dict[int, Reader]:
                 if key not in found or (reader.certain and not found[key].certain):
                     found[key] = reader
     return found
+
+
+def bypassed(modules: Iterable[nn.Module]) -> dict[int, str]:
+    """Return, by ``id``, each module that would never call an adapter, since another of ``modules`` reads its weight, and why."""
+    return {
+        key: f"its parent {reader.class_name} reads {reader.expression} itself and would bypass the adapter; "
+        "put the adapter on the parent's output instead"
+        for key, reader in weight_readers(modules).items()
+        if reader.certain
+    }
 
 
 def _readings(module: nn.Module) -> Iterator[tuple[int, Reader]]:
@@ -89,7 +98,7 @@ def _called(module: nn.Module, uses: Iterable[Use]) -> set[int]:
 
 
 def _may_call(module: nn.Module, name: str | None, *, followed: bool) -> bool:
-    """Whether an attribute may call what is below its module (``followed``: a method of a class has been read)."""
+    """Return whether an attribute may call what is below its module (``followed``: a method of a class has been read)."""
     if name is None or name in module._parameters or name in _NOT_A_CALL:
         return False
     value = module.__dict__.get(name)
@@ -103,7 +112,7 @@ def _may_call(module: nn.Module, name: str | None, *, followed: bool) -> bool:
 
 
 def _may_hold(module: nn.Module, condition: Condition) -> bool:
-    """Whether a condition holds for a module, as far as a look at the attribute tells."""
+    """Return whether a condition holds for a module, as far as a look at the attribute tells."""
     value = getattr(module, condition.attribute, ...) if condition.attribute != "training" else ...
     if value is ... or (not condition.about_none and not isinstance(value, (bool, int, str, type(None)))):
         return True
@@ -121,13 +130,3 @@ def _resolved(module: nn.Module, path: Path) -> list[tuple[nn.Module, Path]]:
     if head.startswith("-") and head[1:].isdigit() and int(head[1:]) <= len(children):
         return _resolved(list(children.values())[int(head)], rest)
     return _resolved(children[head], rest) if head in children else [(module, path)]
-
-
-def bypassed(modules: Iterable[nn.Module]) -> dict[int, str]:
-    """Return, by ``id``, the modules whose weights one of ``modules`` reads by itself instead of calling them: why not."""
-    return {
-        key: f"its parent {reader.class_name} reads {reader.expression} itself and would bypass the adapter; "
-        "put the adapter on the parent's output instead"
-        for key, reader in weight_readers(modules).items()
-        if reader.certain
-    }

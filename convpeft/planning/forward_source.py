@@ -1,4 +1,4 @@
-"""What the source of a class's forward pass says it does with the modules below ``self``, without running it.
+"""Read the source of a class's forward pass: which attributes below ``self`` it uses, without running it.
 
 Only paths from ``self`` are read: ``self.qkv.weight``, also under another name (``layer = self.qkv``), in loops, and in
 the methods and properties that the forward calls. A branch on a plain attribute (``if self.bias is None:``) is noted
@@ -18,32 +18,11 @@ from torch import nn
 
 Path = tuple[str | None, ...]  # attribute names and constant keys; None is any child
 
-_DESCRIPTIONS = frozenset(
-    [
-        "dtype",
-        "device",
-        "shape",
-        "ndim",
-        "requires_grad",
-        "layout",
-        "is_cuda",
-        "is_leaf",
-        "grad",
-        "size",
-        "dim",
-        "numel",
-        "stride",
-        "element_size",
-        "get_device",
-        "type",
-        "is_floating_point",
-        "is_contiguous",
-    ]
-)
-
-_ASKING = frozenset(
-    ["isinstance", "id", "hasattr", "type", "len", "to", "type_as", "new_tensor", "new_zeros", "new_ones"]
-)
+_DESCRIPTIONS = {
+    "dtype", "device", "shape", "ndim", "requires_grad", "layout", "is_cuda", "is_leaf", "grad", "size", "dim", "numel",
+    "stride", "element_size", "get_device", "type", "is_floating_point", "is_contiguous",
+}  # fmt: skip
+_ASKING = {"isinstance", "id", "hasattr", "type", "len", "to", "type_as", "new_tensor", "new_zeros", "new_ones"}
 
 
 class Condition(NamedTuple):
@@ -55,24 +34,24 @@ class Condition(NamedTuple):
 
 
 class Use(NamedTuple):
-    """A path below ``self`` that a forward pass loads, on which conditions; it may be no more than a description."""
+    """A path below ``self`` that a forward pass loads, and the conditions of the branch it stands in."""
 
     path: Path
     conditions: tuple[Condition, ...] = ()
 
     @property
     def describes(self) -> bool:
-        """Whether the path ends in what a tensor is like (its dtype, ...), not in what it holds."""
+        """Return whether the path asks what a tensor is like (its dtype, its shape), and reads none of its values."""
         return any(part in _DESCRIPTIONS for part in self.path[1:])
 
 
 @dataclass
 class Source:
-    """What the forward pass of a class does.
+    """What the source of a class's forward pass says.
 
     Attributes:
-        functions: the methods it consists of.
-        uses: the paths it loads.
+        functions: the methods that it consists of.
+        uses: the paths that it loads.
     """
 
     functions: set[Any] = field(default_factory=set)
@@ -80,7 +59,7 @@ class Source:
 
 
 def source_of(owner: Any) -> Source:
-    """Return what the forward pass of a class does, with all of the class's own methods that it calls."""
+    """Return what the source of a class's forward pass says, all methods of its own that it calls included."""
     return _read(owner, getattr(owner, "forward", None))
 
 
@@ -97,7 +76,7 @@ def _read(owner: Any, forward: Any) -> Source:
         source.functions.add(function)
         tree = _tree(function)
         if tree is None:
-            source.uses.add(Use((), conditions))  # who knows what it calls
+            source.uses.add(Use((), conditions))  # it may call anything
             continue
         reading = _Reading(tree, conditions)
         source.uses |= reading.uses
@@ -107,14 +86,20 @@ def _read(owner: Any, forward: Any) -> Source:
 
 
 def method_of(owner: Any, name: str, after: type | None = None) -> tuple[type | None, Any]:
-    """Return the class below ``nn.Module`` that defines a method (behind ``after``, for ``super()``), and the method."""
+    """Return the class that defines a method, ``nn.Module`` itself excluded, and the method.
+
+    Args:
+        owner: a class.
+        name: of the method.
+        after: look only behind this class in the method resolution order, as ``super()`` does.
+    """
     order = owner.__mro__ if after is None else owner.__mro__[owner.__mro__.index(after) + 1 :]
     for each in order:
         if each is nn.Module:
             break
         if name in vars(each):
             function = vars(each)[name]
-            if isinstance(function, (staticmethod, classmethod)):  # knows no self
+            if isinstance(function, (staticmethod, classmethod)):  # has no self
                 return each, None
             function = function.fget if isinstance(function, property) else function
             function = inspect.unwrap(function) if callable(function) else None
@@ -123,7 +108,7 @@ def method_of(owner: Any, name: str, after: type | None = None) -> tuple[type | 
 
 
 def _tree(function: Any) -> ast.FunctionDef | None:
-    """Return the syntax of a method, or None where its source is not to be had."""
+    """Return the syntax of a method, or None where there is no source of it."""
     try:
         node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError):
@@ -139,7 +124,7 @@ class _Reading:
         self.inherited: set[tuple[str, tuple[Condition, ...]]] = set()
         self.conditions = conditions
         self.names: dict[str, Path] = {function.args.args[0].arg: ()}
-        for _ in range(2):  # a name for a name
+        for _ in range(2):  # names of names
             self._name_aliases(function)
         self._visit_all(function.body)
 
@@ -235,12 +220,12 @@ def _naming(node: ast.AST) -> tuple[str, ast.AST] | None:
 
 
 def _leaves(body: Any) -> bool:
-    """Whether a branch never reaches what stands behind it."""
+    """Return whether a branch never reaches what stands behind it."""
     return isinstance(body, list) and isinstance(body[-1], (ast.Return, ast.Raise, ast.Continue, ast.Break))
 
 
 def _only_asks(node: ast.Call) -> bool:
-    """Whether a call takes from its arguments no more than what they are like."""
+    """Return whether a call takes from its arguments no more than what they are like."""
     name = _called_name(node) or ""
     return name in _ASKING or name.endswith("_like")
 

@@ -1,4 +1,4 @@
-"""What only running tells: the channels of a block's output, and whether a layer's forward is its weight's convolution."""
+"""Probes: what only running a copy tells of a module: its output's channels, whether it is the convolution it declares."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from torch import Tensor, nn
 from ..convolution.comparison import compare
 from ..convolution.geometry import PLAIN_HOSTS, ConvGeometry, random_input
 from ..hosts.forward import entry_index
-from ..hosts.modules import base_class, deep_copy, device_and_dtype
-from ..hosts.swap import restore
-from ..hosts.unfrozen import keep_shown
+from ..hosts.modules import base_class, deep_copy, device_and_dtype, is_sequence
+from ..hosts.swap import plain_copy
 
 _IMAGE = (1, 3, 64, 64)
 
 
 @dataclass(frozen=True)
 class OutputShape:
-    """What a module returned when it ran: the number of channels, and whether they are the last axis."""
+    """The channels of a module's output: how many, and whether they are the last axis."""
 
     channels: int
     channels_last: bool
 
 
 def known_channels(module: nn.Module) -> OutputShape | None:
-    """Return what the module itself, or its surely last layer, says of its output; None when nothing is sure."""
+    """Return the output's channels where the module, or the last layer of a Sequential, says them; else None."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         return OutputShape(module.out_channels, False)
     if isinstance(module, nn.Linear):
@@ -40,7 +39,7 @@ def known_channels(module: nn.Module) -> OutputShape | None:
         return OutputShape(module.num_channels, False)
     if isinstance(module, nn.LayerNorm):
         return OutputShape(module.normalized_shape[-1], True)
-    if getattr(base_class(module), "forward", None) is nn.Sequential.forward and len(module):  # type: ignore[arg-type]
+    if is_sequence(module):
         for step in reversed(list(module)):  # type: ignore[call-overload]
             if not _keeps_channels(step):
                 return known_channels(step)
@@ -116,10 +115,10 @@ def watch(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, Any]]:
 
 
 def unlike_its_convolution(layer: nn.Module) -> str | None:
-    """Run a copy of a layer alone and say in what way its output cannot take a parallel adapter, or None.
+    """Return in what way a layer's output cannot take a parallel adapter, found by running a copy of it; or None.
 
-    Only asked of subclasses: their forward may do more than ``conv(x, weight)``. Other values are fine (the adapter
-    is added to whatever comes out; a merge is probed again), another shape is not, for any way a stride can end at the
+    Only subclasses are run: their forward may do more than ``conv(x, weight)``. Other values are fine, since the adapter is
+    added to whatever comes out and a merge is probed again. Another shape is not, for any way a stride can end at the
     border.
     """
     geometry = ConvGeometry.of(layer)
@@ -161,10 +160,10 @@ def _probe_size(geometry: ConvGeometry) -> int:
 
 
 def unreadable(layer: nn.Module) -> str | None:
-    """Say why an adapter that computes with its layer's weight cannot do so here, or None when it can.
+    """Return why an adapter that computes with its layer's weight cannot do so here, or None when it can.
 
-    The weight must be a plain parameter (a computed one may change with each look at it), and the layer's forward the
-    convolution of that weight: otherwise a change of the weight is no change of the output that the adapter knows of.
+    The weight must be a plain parameter, since a computed one may change with each access. The layer's forward must be the
+    convolution of that weight, or the adapter would not know what a change of the weight does to the output.
     """
     if layer._parameters.get("weight") is None:
         return "it computes with the layer's weight, which is no plain parameter here (parametrised, weight-normed or pruned)"
@@ -173,16 +172,11 @@ def unreadable(layer: nn.Module) -> str | None:
     geometry = ConvGeometry.of(layer)
     generator = torch.Generator().manual_seed(0)
     x = random_input(geometry, _probe_size(geometry), generator)
-    plain = deep_copy(layer)
-    keep_shown(plain)
-    restore(plain)
-    plain = plain.to(device="cpu", dtype=torch.float64).eval()
+    plain = plain_copy(layer)
     with torch.no_grad():
-        weight: Any = plain.weight
-        bias: Any = plain.bias
-        declared = geometry.convolve(x, geometry.as_kernel(weight), bias)
+        declared = geometry.convolve(x, geometry.as_kernel(plain.weight), plain.bias)
         try:
-            own = plain(x)  # type: ignore[operator]
+            own = plain(x)
         except Exception as error:
             return f"it computes with the layer's weight, in float64 when it is checked, and {_failed(x, error)}"
     apart = compare(declared, own, 1e-9)

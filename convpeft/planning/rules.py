@@ -22,7 +22,6 @@ WHERE = {
     "groups": "a whole number",
     "depthwise": "true or false",
 }
-
 _RULE_KEYS = ("match", "kind", "place", "only", "where", "lr_mult", "channels", "output")
 
 
@@ -78,14 +77,7 @@ class Rule:
     def to_dict(self) -> dict[str, Any]:
         """Return the rule as plain data, defaults left out."""
         result: dict[str, Any] = {"match": shortest(self.match), "kind": self.kind}
-        defaults: dict[str, Any] = {
-            "place": None,
-            "only": (),
-            "where": {},
-            "lr_mult": 1.0,
-            "channels": None,
-            "output": None,
-        }
+        defaults: dict[str, Any] = {"place": None, "only": (), "lr_mult": 1.0, "channels": None, "output": None}
         for key, default in defaults.items():
             value = getattr(self, key)
             if value != default:
@@ -105,15 +97,12 @@ class Rule:
             return False
         geometry = ConvGeometry.of(module)
         sides = (geometry.in_channels, geometry.out_channels)
-        size = self.where.get("kernel_size", geometry.kernel_size)
         tests = {
-            "min_channels": lambda value: min(sides) >= value,
-            "max_channels": lambda value: max(sides) <= value,
-            "kernel_size": lambda value: (
-                geometry.kernel_size == ((size, size) if isinstance(size, int) else tuple(size))
-            ),
-            "groups": lambda value: geometry.groups == value,
-            "depthwise": lambda value: (geometry.groups > 1 and geometry.in_per_group == 1) == value,
+            "min_channels": lambda least: min(sides) >= least,
+            "max_channels": lambda most: max(sides) <= most,
+            "kernel_size": lambda size: geometry.kernel_size == ((size,) * 2 if isinstance(size, int) else tuple(size)),
+            "groups": lambda groups: geometry.groups == groups,
+            "depthwise": lambda wanted: (geometry.groups > 1 and geometry.in_per_group == 1) == wanted,
         }
         return all(tests[key](value) for key, value in self.where.items())
 
@@ -135,21 +124,16 @@ class Rule:
 
     def _kind_problems(self, label: str) -> list[SpecError]:
         if self.kind == LEAVE:
-            return [
-                OptionError(f"{label}: kind 'leave' takes no option {key!r}.{_nearest_rule_key(key)}")
-                for key in self.options
-            ]
+            wrong = [f"{label}: kind 'leave' takes no option {key!r}.{_nearest_rule_key(key)}" for key in self.options]
+            return [OptionError(problem) for problem in wrong]
         try:
             adapter = adapter_class(self.kind)
         except SpecError as error:
             return [type(error)(f"{label}: {error}")]
         found: list[SpecError] = []
         if self.place in ("parallel", "output") and self.place not in adapter.places:
-            found.append(
-                OptionError(
-                    f"{label}: kind {self.kind!r} has no place {self.place!r}, only {', '.join(adapter.places)}"
-                )
-            )
+            places = ", ".join(adapter.places)
+            found.append(OptionError(f"{label}: kind {self.kind!r} has no place {self.place!r}, only {places}"))
         for problem in read_options(self.kind, adapter.Options, self.options)[1]:
             unknown = [key for key in self.options if f"unknown key {key!r}" in str(problem)]
             found.append(OptionError(f"{label}: {problem}{_nearest_rule_key(unknown[0]) if unknown else ''}"))

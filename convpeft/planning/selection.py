@@ -94,9 +94,7 @@ class Selection:
                 continue
             kept = [c for c in matched if not any(c.matched_by(pattern) for _, pattern in excluding)]
             if not kept:
-                self.problems.append(
-                    PatternError(f"{label}: every module {written!r} matches is excluded again by a '!' pattern")
-                )
+                self._note(f"{label}: every module {written!r} matches is excluded again by a '!' pattern")
                 continue
             selected.append((written, is_literal(pattern), kept))
         return selected
@@ -107,28 +105,23 @@ class Selection:
         for written, literal, matched in self.select(rule.match, label):
             narrowed = [candidate for candidate in matched if rule.passes(candidate.module)]
             if not narrowed:
-                self.problems.append(
-                    PatternError(
-                        f"{label}: {written!r} matches {len(matched)} modules, but none passes only/where ({rule.conditions()})"
-                    )
-                )
+                none = f"none passes only/where ({rule.conditions()})"
+                self._note(f"{label}: {written!r} matches {len(matched)} modules, but {none}")
                 continue
             if rule.kind == LEAVE:
                 served: list[tuple[Candidate, Place]] = [(candidate, "output") for candidate in narrowed]
             else:
                 served = self._served(rule, literal, narrowed)
                 if not served:
-                    self.problems.append(self._cannot_serve(label, written, rule, narrowed))
+                    self._cannot_serve(label, written, rule, narrowed)
                     continue
             free = [(candidate, place) for candidate, place in served if candidate.name not in self.taken]
             if not free:
                 winners = sorted({self.taken[candidate.name] for candidate, _ in served})
                 rules = ", ".join(f"rule {winner}" for winner in winners)
-                self.problems.append(
-                    PatternError(
-                        f"{label}: {written!r} gets nothing, because {rules} already took all {len(served)} modules it "
-                        "matches. The first rule wins: put the more particular rule first, or drop one."
-                    )
+                self._note(
+                    f"{label}: {written!r} gets nothing, because {rules} already took all {len(served)} modules it "
+                    "matches. The first rule wins: put the more particular rule first, or drop one."
                 )
             lost = [(c.name, number, self.taken[c.name]) for c, _ in served if c.name in self.taken]
             self.shadowed += [entry for entry in lost if entry not in self.shadowed]
@@ -155,32 +148,29 @@ class Selection:
                     served.append((candidate, "output"))
         return served
 
-    def _cannot_serve(self, label: str, written: str, rule: Rule, matched: list[Candidate]) -> PatternError:
-        classes = sorted({base_class(candidate.module).__name__ for candidate in matched})
-        places = adapter_class(rule.kind).places
-        *hosts, last = (host.__name__ for host in adapter_class(rule.kind).hosts)
-        serves = (
-            "the outputs of modules that are called"
-            if places == ("output",) or rule.place == "output"
-            else f"{', '.join(hosts)} and {last} layers"
-        )
-        hint = (
-            " For adapters on the output of these modules say place: output."
-            if "output" in places and rule.place is None
-            else ""
-        )
-        return PatternError(
-            f"{label}: {written!r} matches only modules that kind {rule.kind!r} cannot serve ({shortened(classes)}); it serves {serves}.{hint}"
-        )
+    def _cannot_serve(self, label: str, written: str, rule: Rule, matched: list[Candidate]) -> None:
+        classes = shortened(sorted({base_class(candidate.module).__name__ for candidate in matched}))
+        kind = adapter_class(rule.kind)
+        if kind.places == ("output",) or rule.place == "output":
+            serves = "the outputs of modules that are called"
+        else:
+            *hosts, last = (host.__name__ for host in kind.hosts)
+            serves = f"{', '.join(hosts)} and {last} layers"
+        could = "output" in kind.places and rule.place is None
+        hint = " For adapters on the output of these modules say place: output." if could else ""
+        cannot = f"matches only modules that kind {rule.kind!r} cannot serve ({classes})"
+        self._note(f"{label}: {written!r} {cannot}; it serves {serves}.{hint}")
 
     def _matches_nothing(self, label: str, written: str, pattern: str) -> None:
         adaptable = [name for c in self.candidates for name in c.names if isinstance(c.module, PLAIN_HOSTS)]
-        names = [name for c in self.candidates for name in c.names if name]
-        near = closest(pattern, adaptable) or closest(pattern, names)
-        self.problems.append(
-            PatternError(
-                f"{label}: {written!r} matches none of the {len(self.candidates)} modules ({len(adaptable)} adaptable layers) "
-                f"of {base_class(self.model).__name__}.{f' Closest: {near}.' if near else ''} "
-                "List them with [name for name, _ in model.named_modules()]."
-            )
+        near = closest(pattern, adaptable) or closest(
+            pattern, [name for c in self.candidates for name in c.names if name]
         )
+        self._note(
+            f"{label}: {written!r} matches none of the {len(self.candidates)} modules ({len(adaptable)} adaptable layers) "
+            f"of {base_class(self.model).__name__}.{f' Closest: {near}.' if near else ''} "
+            "List them with [name for name, _ in model.named_modules()]."
+        )
+
+    def _note(self, problem: str) -> None:
+        self.problems.append(PatternError(problem))
