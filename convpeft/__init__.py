@@ -4,22 +4,8 @@ from .adapters import Adapter, AdapterOptions, Site
 from .adapters.registry import adapter_kinds, register_adapter
 from .convolution.geometry import ConvGeometry
 from .errors import (
-    AdapterConflict,
-    AdapterFileError,
-    BaseMismatch,
-    ConvPeftError,
-    GeometryError,
-    HostError,
-    MergeError,
-    NotMergeable,
-    OptionError,
-    PatternError,
-    RegistrationError,
-    ShapeMismatch,
-    SpecError,
-    StateError,
-    UnknownAdapter,
-    UnknownKind,
+    AdapterConflict, AdapterFileError, BaseMismatch, ConvPeftError, GeometryError, HostError, MergeError, NotMergeable,
+    OptionError, PatternError, RegistrationError, ShapeMismatch, SpecError, StateError, UnknownAdapter, UnknownKind,
 )  # fmt: skip
 from .files.header import inspect_adapter
 from .files.loading import load_adapter
