@@ -21,7 +21,7 @@ def contents(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Return a file's tensors, and what its metadata says but for the version of torch and the seal over it."""
     with safe_open(path, framework="pt") as file:
         metadata = json.loads(file.metadata()["convpeft"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
     return tensors, {key: value for key, value in metadata.items() if key not in ("torch", "seal")}
 
 
