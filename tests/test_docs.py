@@ -158,16 +158,6 @@ def test_every_kind_has_a_section():
     assert {kind for kind, _ in SECTIONS} == built_in
 
 
-def test_the_decision_on_modules_names_those_beyond_the_design():
-    designed = {"__init__", "storage", "injection", "merging", "training", "hosting", "matching", "kernels", "geometry"}
-    designed |= {"spec", "registry", "errors"}
-    text = (DOCS / "decisions" / "0001-modules.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"^\| `(\w+)\.py` \|", text, re.MULTILINE))
-    present = {path.stem for path in (ROOT / "convpeft").glob("*.py")}
-    assert named <= present
-    assert not named & designed
-
-
 @pytest.mark.parametrize("page", LINKED, ids=title)
 def test_links_resolve(page):
     for target in LINK.findall(prose(page)):
