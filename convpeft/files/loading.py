@@ -69,7 +69,7 @@ def load_adapter(
 def _sites(
     root: nn.Module, modules: Mapping[str, nn.Module], file: AdapterFile, path: Path, *, trusting: bool
 ) -> Sites:
-    """Return the planned layers of a file, or raise an AdapterFileError with everything that keeps one off this model."""
+    """Return the planned layers of a file, or raise an AdapterFileError that lists why the file does not fit this model."""
     unique = dict(unique_modules(root))
     problems = [f"{key}: not in this model" for key in [*file.layers, *file.owned] if key not in modules]
     problems += filter(None, [lazy_modules(unique)])

@@ -34,8 +34,8 @@ class Slots(nn.ModuleDict):
         active: names of the adapters that take part in the forward pass, in order.
         outputs: by adapter, the entry of the module's output that it reads and adds to.
         owners: names of the adapters that bring their own values of this module's tensors.
-        shown: the owner whose values the module shows now, or None for the base's.
-        held: keep this norm in eval mode whatever ``train()`` says.
+        shown: the owner whose tensors are in the module now, or None for the base's.
+        held: this norm stays in eval mode, whatever ``train()`` says.
         lean: save for backward only what a frozen layer's gradients need.
         router: sends the samples of a batch through their adapters, inside ``convpeft.route``; else None.
         wanted_training: the mode last asked for while held.

@@ -230,7 +230,7 @@ def plain_copy(module: nn.Module) -> Any:
 
 
 def wants_training(module: nn.Module) -> bool:
-    """Return the mode ``train()`` last asked a module for, which a held norm does not show."""
+    """Return the mode last set by ``train()``; a norm held in eval mode says False in ``training`` all the same."""
     slots = slots_of(module)
     return slots.wanted_training if slots is not None and slots.held else module.training
 

@@ -1,4 +1,4 @@
-"""Carries a plan out: build, install or roll back; then switch, route, train and check the adapters that are in a model.
+"""Carries out a plan: build, install or roll back; then switch, route, train and check the adapters that are in a model.
 
 Imports ``planning`` and below.
 """

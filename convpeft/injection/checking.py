@@ -1,4 +1,4 @@
-"""Which adapters ran, and which layers somebody read past: what only one forward pass tells."""
+"""Check by one forward pass which adapters ran, and which layers were bypassed: another module read their weight."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class CheckReport:
 
 
 def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport:
-    """Run one forward pass and name every active adapter that was never called, or whose layer was read past.
+    """Run one forward pass and name every active adapter that was never called, or whose layer was bypassed.
 
     The pass runs in eval mode without gradients, and each module's mode is as before afterwards. Every operation is
     looked at: one that takes a weight of an adapted layer while that layer is not running bypasses the adapter, whether

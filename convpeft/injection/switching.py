@@ -114,7 +114,7 @@ def switch(adapted: AdaptedModel, names: Names) -> None:
 
 
 def _forget_compiled() -> None:
-    """Have ``torch.compile`` look again where it does not watch the attributes of modules (older torch)."""
+    """Reset compiled code where ``torch.compile`` does not guard the attributes of modules (older torch)."""
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and not getattr(dynamo.config, "guard_nn_modules", True):
         dynamo.reset()

@@ -1,4 +1,4 @@
 """Folds adapters into plain layers, exactly or not at all: forms, the probe of each layer, the check of the whole model.
 
-Imports ``injection`` and below.
+Imports ``planning`` and below.
 """

@@ -49,7 +49,7 @@ class Merged:
         kernel: of the merged layer, for the first two; for ``single`` on an output the one convolution to add.
         chains: to add, for ``factored``.
         beside: the chains read the layer's input (else its output).
-        before, after: what is shown of the layer's kernels.
+        before, after: the layer's kernels as text, for the plan.
         macs_before, macs_single, macs_factored: multiply-accumulates for one output position; None when there is no such form.
         reason: why this form, or why none.
         otherwise: the chain to add where the layer's forward turns out not to be the convolution of its weight; None where

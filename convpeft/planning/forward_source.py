@@ -225,7 +225,7 @@ def _leaves(body: Any) -> bool:
 
 
 def _only_asks(node: ast.Call) -> bool:
-    """Return whether a call takes from its arguments no more than what they are like."""
+    """Return whether a call uses only metadata of its arguments (dtype, shape, device), not their values."""
     name = _called_name(node) or ""
     return name in _ASKING or name.endswith("_like")
 

@@ -1,4 +1,4 @@
-"""From a spec and a model to a plan: what each module would get. Finds every problem; touches nothing."""
+"""What a plan is: one ``PlannedLayer`` for each adapter, and the printable ``Plan`` of them all."""
 
 from __future__ import annotations
 

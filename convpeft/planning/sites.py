@@ -80,7 +80,7 @@ class Sites:
             wanted: adapters.
             bypassed: by ``id``, modules whose weights a parent reads itself, with the reason to refuse them.
             example_inputs: to run a copy of the model on, where only that tells a shape; unset, a generic image.
-            trusting: take a shape that only running would tell from the file, and run nothing.
+            trusting: use the file's shape where only running a copy would tell it; nothing is run.
         """
         self.model, self.bypassed, self.example_inputs, self.trusting = model, bypassed, example_inputs, trusting
         self.problems: list[str] = []
