@@ -76,7 +76,7 @@ class Factors(NamedTuple):
         return self.down.requires_grad or self.up.requires_grad
 
     def form_for(self, x: Tensor, weight: Tensor, training: bool) -> UpdateForm:
-        """Return the form to compute the update of ``x`` in; it does not depend on gradients, so the bits do not either.
+        """Return the form to compute the update of ``x`` in; it does not depend on gradients, so neither do the bits.
 
         Half precision always takes ``separate``: in the sum with the weight a small update would be rounded away. So
         do inputs with few pixels, for which adding the kernels costs more. In eval mode only the cost decides.
@@ -112,15 +112,10 @@ def cheapest(host: ConvGeometry, rank: int) -> UpdateForm:
     return "weight" if host.out_channels * taps <= _SMALL * factors else "summed"
 
 
-def product(down: Tensor, up: Tensor, groups: int) -> Tensor:
-    """Return the kernel ``B A`` of both factors, shape ``(out, in_per_group, kh, kw)``."""
-    return compose_pointwise(up, down, groups)
-
-
 def whole_kernel(weight: Tensor, down: Tensor, up: Tensor, groups: int) -> Tensor:
     """Return ``W + B A``, in one pass over W if that is contiguous and has no groups."""
     if groups > 1 or not weight.is_contiguous():
-        return weight + product(down, up, groups)
+        return weight + compose_pointwise(up, down, groups)
     return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1)).view(weight.shape)
 
 
@@ -144,19 +139,13 @@ def factor_gradients(
     grad: Tensor, saved: Tensor, remake: Callable[[Tensor], Tensor] | None, weight: Tensor, down: Tensor, up: Tensor,
     hidden: Tensor | None, conv: ConvArgs, form: str, *, needs_input: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of the input (None unless ``needs_input``), of A and of B.
+    """Return the gradients of the input (None unless ``needs_input``), of A (``down``) and of B (``up``).
 
     Args:
-        grad: gradient of the output.
         saved: the tensor saved for backward: the input itself, or what ``remake`` recomputes the input from.
-        remake: recomputes the input from ``saved``; None: ``saved`` is the input.
-        weight: W, frozen.
-        down: A.
-        up: B.
-        hidden: ``A x``, saved by the form ``separate`` only.
-        conv: settings of the convolution.
-        form: the one that ``forward`` used.
-        needs_input: whether the input requires a gradient.
+        remake: recomputes the input from ``saved``; None if ``saved`` is the input.
+        hidden: ``A x``, which only the form ``separate`` saves.
+        form: the one that was used in forward.
     """
     if form == "summed":  # a recomputed input is freed before its gradient is allocated, to lower the memory peak
         d_down, d_up = _detour_gradients(grad, saved if remake is None else remake(saved), down, up, conv)
