@@ -62,7 +62,7 @@ def sum_of_kernels(branches: Iterable[Branch], host_size: Pair, size: Pair) -> T
 
 
 def is_traced(x: Any) -> bool:
-    """Return whether ``x`` is being traced or is a tensor subclass; sizes of computed kernels are then unknown."""
+    """Return whether ``x`` is being traced or not a plain tensor: the size of a computed kernel is then unknown."""
     return x.__class__ is not Tensor or torch.jit.is_tracing()
 
 

@@ -34,7 +34,7 @@ class Difference(NamedTuple):
 
 
 def compare(expected: Tensor, got: Tensor, tolerance: float = TOLERANCE) -> Difference:
-    """Return the largest difference between ``expected`` and ``got``.
+    """Return the ``Difference`` between ``expected`` and ``got``.
 
     Args:
         expected: any shape, in float64.

@@ -321,7 +321,7 @@ def _pair(value: Any) -> Pair:
 
 
 def _layer_padding(layer: Any, kernel: Pair, dilation: Pair) -> Sides:
-    """Return the padding a layer's forward uses; in every mode except ``zeros`` that is not its field ``padding``."""
+    """Return the padding a layer's forward uses, which in every mode except ``zeros`` is not its ``padding``."""
     before_and_after = getattr(layer, "_reversed_padding_repeated_twice", None)
     if layer.padding_mode == "zeros" or not before_and_after:
         return padding_sides(layer.padding, kernel, dilation)

@@ -113,7 +113,7 @@ def cheapest(host: ConvGeometry, rank: int) -> UpdateForm:
 
 
 def whole_kernel(weight: Tensor, down: Tensor, up: Tensor, groups: int) -> Tensor:
-    """Return ``W + B A``, in one pass over W if that is contiguous and has no groups."""
+    """Return ``W + B A``, in one pass over W if W is contiguous and has no groups."""
     if groups > 1 or not weight.is_contiguous():
         return weight + compose_pointwise(up, down, groups)
     return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1)).view(weight.shape)
@@ -148,7 +148,7 @@ def factor_gradients(
         form: the one that was used in forward.
     """
     if form == "summed":  # a recomputed input is freed before its gradient is allocated, to lower the memory peak
-        d_down, d_up = _detour_gradients(grad, saved if remake is None else remake(saved), down, up, conv)
+        d_down, d_up = _summed_gradients(grad, saved if remake is None else remake(saved), down, up, conv)
         dx = conv.input_gradient(grad, saved, whole_kernel(weight, down, up, conv.groups)) if needs_input else None
         return dx, d_down, d_up
     x = saved if remake is None else remake(saved)
@@ -162,21 +162,21 @@ def factor_gradients(
     if _is_matrix_product(conv, d_hidden, x, down) and dx.is_contiguous():
         dx.view(*dx.shape[:2], -1).baddbmm_(_over_batch(down.flatten(1).t(), dx.shape[0]), d_hidden.flatten(2))
         return dx, _down_gradient(d_hidden, x, down, conv), d_up
-    d_detour, d_down = conv.backward(d_hidden, x, down, (True, True))
-    return dx.add_(d_detour), d_down, d_up
+    dx_update, d_down = conv.backward(d_hidden, x, down, (True, True))
+    return dx.add_(dx_update), d_down, d_up
 
 
-def detour(x: Tensor, down: Tensor, conv: ConvArgs) -> Tensor:
-    """Return the convolution ``A x``, as a matrix product if A is pointwise and ``x`` contiguous."""
-    if not _is_matrix_product(conv, x, x, down):
-        return F.conv2d(x, down, None, *conv)
-    return torch.bmm(_over_batch(down.flatten(1), x.shape[0]), x.flatten(2)).view(x.shape[0], -1, *x.shape[2:])
+def conv_or_matmul(x: Tensor, weight: Tensor, conv: ConvArgs) -> Tensor:
+    """Return the convolution of ``x``, as a matrix product if it is pointwise and ``x`` contiguous."""
+    if not _is_matrix_product(conv, x, x, weight):
+        return F.conv2d(x, weight, None, *conv)
+    return torch.bmm(_over_batch(weight.flatten(1), x.shape[0]), x.flatten(2)).view(x.shape[0], -1, *x.shape[2:])
 
 
-def _is_matrix_product(conv: ConvArgs, d_hidden: Tensor, x: Tensor, down: Tensor) -> bool:
-    """Return whether the convolution with A is a matrix product: A is pointwise, the maps contiguous and not empty."""
-    pointwise = conv == _POINTWISE and down.shape[2:] == (1, 1)
-    return pointwise and d_hidden.is_contiguous() and x.is_contiguous() and x.numel() > 0
+def _is_matrix_product(conv: ConvArgs, y: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """Return whether ``y = conv(x)`` is a matrix product: pointwise, both maps contiguous and not empty."""
+    pointwise = conv == _POINTWISE and weight.shape[2:] == (1, 1)
+    return pointwise and y.is_contiguous() and x.is_contiguous() and x.numel() > 0
 
 
 def both_gradients(grad: Tensor, x: Tensor, weight: Tensor, conv: ConvArgs) -> tuple[Tensor, Tensor]:
@@ -194,9 +194,9 @@ def _down_gradient(d_hidden: Tensor, x: Tensor, down: Tensor, conv: ConvArgs) ->
     return torch.bmm(d_hidden.flatten(2), x.flatten(2).transpose(1, 2)).sum(0).view(down.shape)
 
 
-def _detour_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, conv: ConvArgs) -> tuple[Tensor, Tensor]:
+def _summed_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, conv: ConvArgs) -> tuple[Tensor, Tensor]:
     """Return the gradients of A and of B by way of ``A x``, which is recomputed here."""
-    hidden = detour(x, down, conv)
+    hidden = conv_or_matmul(x, down, conv)
     d_hidden, d_up = both_gradients(grad, hidden, up, _POINTWISE._replace(groups=conv.groups))
     return _down_gradient(d_hidden, x, down, conv), d_up
 

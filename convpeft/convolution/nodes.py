@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .geometry import ConvGeometry
-from .low_rank import ConvArgs, Factors, add_pointwise, both_gradients, detour, factor_gradients, whole_kernel
+from .low_rank import ConvArgs, Factors, add_pointwise, both_gradients, conv_or_matmul, factor_gradients, whole_kernel
 from .origins import Origin, origin_of
 
 # torch 2.1 has the latter
@@ -109,7 +109,7 @@ def convolve_trained(geometry: ConvGeometry, x: Tensor, weight: Tensor) -> Tenso
         return geometry.convolve(x, weight)
     origin = origin_of(x) if torch.is_grad_enabled() and weight.requires_grad else None
     weight = weight.to(x.dtype)
-    return detour(x, weight, conv) if origin is None else _Trained.apply(x, weight, conv, origin)
+    return conv_or_matmul(x, weight, conv) if origin is None else _Trained.apply(x, weight, conv, origin)
 
 
 class _Trained(torch.autograd.Function):
@@ -119,7 +119,7 @@ class _Trained(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, conv: ConvArgs, origin: Origin) -> Tensor:
         ctx.save_for_backward(origin.source, weight)
         ctx.conv, ctx.remake = conv, origin.remake
-        return detour(x, weight, conv)
+        return conv_or_matmul(x, weight, conv)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -144,7 +144,7 @@ def _forward(
         return F.conv2d(x, weight, bias, *conv), None
     if form != "separate":
         return F.conv2d(x, whole_kernel(weight, down, up, conv.groups), bias, *conv), None
-    output, hidden = F.conv2d(x, weight, bias, *conv), detour(x, down, conv)
+    output, hidden = F.conv2d(x, weight, bias, *conv), conv_or_matmul(x, down, conv)
     return add_pointwise(output, hidden, up, conv.groups), hidden
 
 
