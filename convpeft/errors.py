@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 class ConvPeftError(Exception):
-    """The root of all errors of this library."""
+    """The base class of every error this library raises."""
 
 
 class SpecError(ConvPeftError, ValueError):
@@ -35,23 +35,23 @@ class ShapeMismatch(ConvPeftError, ValueError):
 
 
 class GeometryError(ConvPeftError, ValueError):
-    """A layer is no convolution convpeft can describe, or two convolutions do not compose."""
+    """A layer is not a convolution that convpeft can describe, or two convolutions do not compose."""
 
 
 class HostError(ConvPeftError, TypeError):
-    """A module cannot host an adapter, or something was done to it that would lose its adapter."""
+    """A module cannot host an adapter, or an operation on it would lose its adapter."""
 
 
 class StateError(ConvPeftError, RuntimeError):
-    """The model is not in the state the call needs (nothing injected, a name taken, a layer gone)."""
+    """The model is not in the state the call needs (nothing injected, a name in use, a layer missing)."""
 
 
 class UnknownAdapter(StateError, LookupError):
-    """No adapter of that name lives in the model."""
+    """The model has no adapter of that name."""
 
 
 class AdapterConflict(StateError):
-    """Two adapters that replace the same tensors were to be active together."""
+    """Two adapters that replace the same tensors cannot be active together."""
 
 
 class MergeError(ConvPeftError, RuntimeError):
@@ -67,7 +67,7 @@ class NotMergeable(MergeError):
 
 
 class AdapterFileError(ConvPeftError, ValueError):
-    """A file is not a sound adapter file, or does not fit this model."""
+    """A file is not a valid adapter file, or does not fit this model."""
 
 
 class BaseMismatch(AdapterFileError):
@@ -79,19 +79,19 @@ class BaseMismatch(AdapterFileError):
 
 
 def closest(name: str, candidates: Iterable[str], count: int = 3) -> str:
-    """Return the candidates most like ``name`` as text, or an empty string when none is near."""
+    """Return the candidates most like ``name``, joined by commas, or an empty string when none is close."""
     near = difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.4)
     return ", ".join(near)
 
 
 def shortened(names: Sequence[str], limit: int = 8) -> str:
-    """Return names joined by commas, the tail replaced by a count."""
+    """Return names joined by commas; those after the first ``limit`` are replaced by their count."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} (+{len(names) - limit} more)"
 
 
 def raise_problems(problems: Sequence[SpecError], heading: str) -> None:
-    """Raise one error for all ``problems``: of their common class, or ``SpecError`` when they differ."""
+    """Raise one error that lists all ``problems``: of their common class, or ``SpecError`` when the classes differ."""
     if not problems:
         return
     classes = {type(problem) for problem in problems}

@@ -1,6 +1,6 @@
-"""The adapter kinds, a file each: what they compute, which layers they refuse, and the plain convolutions they equal.
+"""The adapter kinds, one file each: what they compute, which layers they refuse, which convolutions they equal.
 
-Nothing here knows of models; ``hosts`` and the rooms above it import this one. Importing it registers every kind.
+Nothing here knows of models; ``hosts`` and the folders above it import this one. Importing it registers every kind.
 """
 
 from .base import Adapter, Host, Place, Site
@@ -17,16 +17,6 @@ from .rep_mona import RepMona
 _register_peft()
 
 __all__ = [
-    "Adapter",
-    "AdapterOptions",
-    "Bottleneck",
-    "ConvLora",
-    "Hierarchical",
-    "Host",
-    "Lora",
-    "MoeRepMona",
-    "Mona",
-    "Place",
-    "RepMona",
-    "Site",
-]
+    "Adapter", "AdapterOptions", "Bottleneck", "ConvLora", "Hierarchical", "Host", "Lora", "MoeRepMona", "Mona",
+    "Place", "RepMona", "Site",
+]  # fmt: skip

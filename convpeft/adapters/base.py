@@ -1,4 +1,4 @@
-"""What every adapter kind says of itself; one file per family beside this one implements it."""
+"""``Adapter``, the base class of every kind, and what it is told about the layer it sits on."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Place = Literal["parallel", "output"]
 
 @dataclass(frozen=True)
 class Site:
-    """Where an adapter sits.
+    """The place and the geometry an adapter is built for.
 
     Attributes:
-        place: ``parallel`` (sees the layer's input) or ``output`` (sees the module's output).
-        geometry: of the host layer when parallel; 1x1 on the output's channels otherwise.
+        place: ``parallel`` (reads the layer's input) or ``output`` (reads the module's output).
+        geometry: the host layer's if parallel; otherwise 1x1 over the output's channels.
     """
 
     place: Place
@@ -31,12 +31,12 @@ class Site:
 
 
 class Host(NamedTuple):
-    """The layer an adapter sits beside, lent for one call: by reference, never kept and never registered.
+    """The tensors of an adapter's layer, passed by reference for one call and not stored.
 
     Attributes:
-        weight: of the layer, as it is shown now (a base checkpoint loaded since, an adapter's own unfrozen values, ...).
-        bias: of the layer, or None.
-        output: what the layer itself made of this very input, without any adapter.
+        weight: the layer's current weight (from the base checkpoint loaded last, or an adapter's unfrozen copy).
+        bias: the layer's current bias, or None.
+        output: the layer's own output for this input, without any adapter.
     """
 
     weight: Tensor
@@ -47,20 +47,20 @@ class Host(NamedTuple):
 class Adapter(nn.Module):
     """A small trainable module that adds ``f`` to its host: ``y = host(x) + f(x)`` or ``y = z + f(z)``.
 
-    A subclass names its ``places``, its ``hosts`` (the layers it can sit beside) and its ``Options``. It starts as the
-    identity: ``f`` is exactly zero when fresh. It returns its equivalent plain convolutions from ``chain``, or gives the
-    reason why none exist in ``merge_refusal``. Geometry is never retyped: ``self.site.geometry`` carries all of it.
+    A subclass defines its ``places``, its ``hosts`` (the layer classes it works beside) and its ``Options``. A fresh
+    adapter is the identity: ``f`` is exactly zero. ``chain`` returns the equivalent plain convolutions, or
+    ``merge_refusal`` says why there are none. Every setting of the host layer is in ``self.site.geometry``. A kind that
+    needs images (N, C, H, W) names the parts that do in ``image_parts``, and channels-last hosts are refused.
 
-    A parallel kind whose update depends on the layer's own weight (DoRA, say) sets ``reads_host``, on the class or on
-    the object. It is then called as ``adapter(x, host)`` with a ``Host``, and ``chain(host)`` is given the layer's kernel.
-    Nothing of the layer is stored in the adapter, so copies, files and the user's own ``load_state_dict`` need no care.
-    A layer whose weight is computed, or whose forward is not the convolution of its weight, is refused at plan time for
-    such a kind.
+    A parallel kind whose update depends on the layer's weight (DoRA, say) sets ``reads_host``, on the class or on the
+    object. It is then called as ``adapter(x, host)`` with a ``Host``, and ``chain(host)`` gets the layer's kernel. The
+    adapter stores nothing of the layer, so copies, files and ``load_state_dict`` work as for any module. For such a
+    kind, a layer whose weight is computed, or whose forward is not the convolution with it, is refused at plan time.
 
-    A kind with more than one way to compute its update sets ``form`` to the name of the chosen one, for the plan.
+    A kind with several ways to compute its update sets ``form`` to the name of the chosen one; the plan shows it.
 
     Args:
-        site: where the adapter sits.
+        site: the place and geometry to build for.
         options: an instance of ``Options``, already checked.
     """
 
@@ -69,6 +69,7 @@ class Adapter(nn.Module):
     hosts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear)
     Options: ClassVar[type[AdapterOptions]] = AdapterOptions
     merge_refusal: ClassVar[str | None] = None
+    image_parts: ClassVar[str | None] = None
     reads_host: bool = False
     form: str | None = None
 
@@ -80,41 +81,45 @@ class Adapter(nn.Module):
     @classmethod
     def refuses(cls, site: Site, options: Any) -> str | None:
         """Return why this kind cannot serve ``site``, as a sentence for the user, or None when it can."""
-        return None
+        if cls.image_parts is None or not site.geometry.linear:
+            return None
+        host = "layer" if "parallel" in cls.places else "output"
+        return f"its {cls.image_parts} need an image (N, C, H, W), and this {host}'s channels are the last axis"
 
     def chain(self, host: ConvKernel | None = None) -> Chain:
-        """Return the equivalent plain convolutions, run in turn, as float64 kernels.
+        """Return the equivalent plain convolutions, to be run one after the other, as float64 kernels.
 
-        ``kernels.compose`` makes the single kernel of them, so a kind writes its algebra once.
+        ``kernels.compose`` folds them into one kernel.
 
         Args:
-            host: the layer's own weight and bias in float64, given to a kind that ``reads_host``, and to no other.
+            host: the layer's own weight and bias in float64; given only to a kind that ``reads_host``.
 
         Raises:
-            NotMergeable: if none exist; the text says why.
+            NotMergeable: if there are none; the text says why.
         """
         raise NotMergeable(self.merge_refusal or f"kind {self.kind!r} gives no equivalent convolution")
 
     def factors(self) -> Factors | None:
-        """Return the update as two factors ``B(A x)``, A on the host's own kernel, where that is all there is to it now.
+        """Return the factors if the whole update is now ``B(A x)`` with A of the host's kernel size, else None.
 
-        A frozen convolution then computes it together with its own output (``convolution.nodes``); None: ``forward`` runs.
+        A frozen convolution computes such an update in its own autograd node (``convolution.nodes``); for None,
+        ``forward`` runs.
         """
         return None
 
     def auxiliary_loss(self) -> Tensor | None:
-        """Return a scalar to add to the loss (load balancing, say), or None."""
+        """Return a scalar to add to the training loss (load balancing, say), or None."""
         return None
 
     def no_decay(self) -> set[str]:
-        """Return the names of own parameters without weight decay: norms, biases and scales."""
+        """Return the names of the adapter's parameters to train without weight decay: norms, biases and scales."""
         return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
 
     def extra_repr(self) -> str:
-        """Show place, geometry and options when the model is printed."""
+        """Return the place, geometry and options, to be shown when the model is printed."""
         return f"{self.site.place}, {self.site.geometry}, {self.options}"
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """Return a detached float64 copy, for the algebra of a merge."""
+    """Return a detached float64 copy, as the kernel algebra of a merge needs it."""
     return tensor.detach().to(torch.float64, copy=True)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Adapter, Site
+from .branches import zeroed
 from .options import AdapterOptions, positive, probability
 from .registry import register_adapter
 
@@ -25,9 +26,9 @@ class BottleneckOptions(AdapterOptions):
     Attributes:
         reduction: the hidden width is ``channels // reduction`` (at least 1).
         rank: the hidden width itself, instead of a reduction.
-        norm: normalise the hidden map: not at all, or over all its channels and pixels (a GroupNorm of one group).
-        gate: where the learnable scalar gate g starts.
-        dropout: of the hidden map, in training.
+        norm: normalise the hidden map: ``none``, or ``group`` (a GroupNorm of one group: all channels and pixels).
+        gate: initial value of the learnable scalar g.
+        dropout: dropout probability on the hidden map, in training.
     """
 
     reduction: int = 4
@@ -37,7 +38,7 @@ class BottleneckOptions(AdapterOptions):
     dropout: float = 0.0
 
     def problems(self) -> Iterator[str]:
-        """Yield what is out of range."""
+        """Yield a sentence for each value that is out of range."""
         yield from positive(self, "reduction", "rank")
         yield from probability(self, "dropout")
         if self.gate == 0:
@@ -48,7 +49,7 @@ class BottleneckOptions(AdapterOptions):
 class Bottleneck(Adapter):
     """``f(z) = g * up(GELU(norm(down z)))`` with 1x1 ``down`` and ``up``; ``up`` starts at zero, so ``f`` does.
 
-    Reference: arXiv:1902.00751, fig. 2, with the residual of the figure being the host's own output.
+    Reference: arXiv:1902.00751, fig. 2; the residual of the figure is the host's own output.
     """
 
     places = ("output",)
@@ -62,14 +63,12 @@ class Bottleneck(Adapter):
         self.down = _pointwise(site, channels, hidden)
         self.norm = nn.GroupNorm(1, hidden) if options.norm == "group" else nn.Identity()
         self.dropout = nn.Dropout(options.dropout)
-        self.up = _pointwise(site, hidden, channels)
+        self.up = zeroed(_pointwise(site, hidden, channels))
         self.gate = nn.Parameter(torch.full((1,), options.gate))
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)  # type: ignore[arg-type]
 
     @classmethod
     def refuses(cls, site: Site, options: BottleneckOptions) -> str | None:
-        """Refuse a reduction larger than the channels, and the image norm on channels-last outputs."""
+        """Return a refusal for a reduction above the channels, or the norm ``group`` on channels-last outputs."""
         if options.rank is None and options.reduction > site.geometry.out_channels:
             return f"reduction {options.reduction} leaves nothing of its {site.geometry.out_channels} channels"
         if options.norm == "group" and site.geometry.linear:
@@ -77,7 +76,7 @@ class Bottleneck(Adapter):
         return None
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return the gated detour, shaped like ``z``."""
+        """Return the update, shaped like ``z``."""
         return self.gate * self.up(self.dropout(F.gelu(self.norm(self.down(z)))))
 
 

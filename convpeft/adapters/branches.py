@@ -1,4 +1,4 @@
-"""The depthwise branches that the Rep-MoNA, MoNA and mixture-of-experts kinds are made of."""
+"""Depthwise branches of the Rep-MoNA, MoNA and mixture-of-experts kinds, and small helpers that kinds share."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .base import exact
 
 
 class Branch(nn.Module):
-    """One depthwise convolution on a given grid, with its bias or its BatchNorm if asked for.
+    """One depthwise convolution, with a bias or a BatchNorm if asked for.
 
     Args:
-        geometry: depthwise: as many groups as channels.
-        norm: a BatchNorm after the convolution; its statistics belong to the adapter and fold away.
-        bias: of the convolution.
+        geometry: of the convolution, depthwise: as many groups as channels.
+        norm: add a BatchNorm after the convolution; its statistics belong to the adapter and are folded in a merge.
+        bias: add a bias to the convolution.
     """
 
     def __init__(self, geometry: ConvGeometry, *, norm: bool = False, bias: bool = False) -> None:
@@ -33,16 +33,14 @@ class Branch(nn.Module):
         self.norm: Any = nn.BatchNorm2d(geometry.out_channels) if norm else nn.Identity()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the branch's map, ``(N, rank, H', W')``."""
+        """Return the branch's output, ``(N, rank, H', W')``, or ``(rank, H', W')`` for an input without a batch."""
         maps = self.geometry.convolve(hidden, self.weight, self.bias)
-        if (
-            maps.__class__ is Tensor and maps.ndim == 3 and not isinstance(self.norm, nn.Identity)
-        ):  # an image without a batch
+        if maps.__class__ is Tensor and maps.ndim == 3 and not isinstance(self.norm, nn.Identity):  # no batch
             return self.norm(maps.unsqueeze(0)).squeeze(0)
         return self.norm(maps)
 
     def kernel(self) -> tuple[Tensor, Tensor]:
-        """Return the weight and bias, float64, with the norm's running statistics folded in."""
+        """Return the weight and bias in float64, with the norm's running statistics folded in."""
         weight = exact(self.weight)
         bias = weight.new_zeros(weight.shape[0]) if self.bias is None else exact(self.bias)
         if isinstance(self.norm, nn.Identity):
@@ -53,23 +51,30 @@ class Branch(nn.Module):
 
 
 def sum_of_kernels(branches: Iterable[Branch], host_size: Pair, size: Pair) -> Tensor:
-    """Return the one depthwise kernel, ``(rank, 1, *size)``, whose convolution is the sum of the branches'.
+    """Return one depthwise kernel, ``(rank, 1, *size)``, whose convolution equals the sum of the branches.
 
     Args:
-        branches: without norms; their biases are not part of it.
-        host_size: the kernel size of the host, whose output grid the branches run on.
-        size: of the result.
+        branches: without norms; their biases are not included.
+        host_size: the host's kernel size: the branches are centred on it.
+        size: kernel size of the result.
     """
     return reduce(torch.add, [embed_on_grid(branch.weight, host_size, size) for branch in branches])
 
 
 def is_traced(x: Any) -> bool:
-    """Return whether ``x`` is part of a trace, which cannot tell the size of a kernel that is computed."""
+    """Return whether ``x`` is being traced or not a plain tensor: the size of a computed kernel is then unknown."""
     return x.__class__ is not Tensor or torch.jit.is_tracing()
 
 
 def shared_rank(host: ConvGeometry, rank: int) -> int:
-    """Return the width of a detour of a given rank; a grouped host shares it out, at least 1 for each group."""
+    """Return the hidden channels of an update of this rank; groups divide it among them, at least 1 each."""
     if host.groups == 1:
         return rank
     return host.groups * max(1, min(rank // host.groups, host.out_per_group))
+
+
+def zeroed(layer: Any) -> Any:
+    """Set a layer's weight and bias to zero, in place, and return the layer."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,4 +1,4 @@
-"""Conv-LoRA: experts at several scales of the image, inside LoRA's low-rank space, chosen for each image.
+"""Conv-LoRA: LoRA with a mixture of experts in its low-rank space: convolutions at several scales of the map.
 
 Paper: Zhong et al., Convolution Meets LoRA: Parameter Efficient Finetuning for Segment Anything Model,
 arXiv:2401.17868 (ICLR 2024).
@@ -29,13 +29,13 @@ class ConvLoraOptions(AdapterOptions):
     """Options of ``conv_lora``.
 
     Attributes:
-        rank: r, the width of the detour. A grouped layer shares it out: ``max(1, rank // groups)`` for each group.
+        rank: r, the hidden channels; a grouped layer gets ``max(1, rank // groups)`` per group.
         alpha: the update is scaled by ``alpha / rank``; unset means ``alpha = rank``, a scale of 1.
-        scales: the experts: one for each factor by which the hidden map is enlarged before its 3x3 convolution.
-        top_k: experts that take part for one image.
-        pointwise: A looks at the centre pixel only (1x1) instead of the layer's whole kernel.
+        scales: one expert for each: the factor by which it enlarges the hidden map before its 3x3 convolution.
+        top_k: number of experts with a nonzero gate for one image.
+        pointwise: A is 1x1, at the centre of the layer's kernel, instead of the whole kernel.
         load_balancing: weight of the load-balancing loss; 0 is off.
-        dropout: of the detour's input, in training.
+        dropout: dropout probability on the update's input, in training.
     """
 
     rank: int = 8
@@ -47,7 +47,7 @@ class ConvLoraOptions(AdapterOptions):
     dropout: float = 0.0
 
     def problems(self) -> Iterator[str]:
-        """Yield what is out of range."""
+        """Yield a sentence for each value that is out of range."""
         yield from positive(self, "rank", "alpha", "top_k")
         yield from probability(self, "dropout")
         if not self.scales:
@@ -60,7 +60,7 @@ class ConvLoraOptions(AdapterOptions):
 
 
 class ScaleExpert(nn.Module):
-    """Enlarge a map by a factor (bilinear), convolve it 3x3, and bring it back to its size (bilinear)."""
+    """Enlarge a map by a factor, convolve it 3x3, and reduce it to its original size; both resizes are bilinear."""
 
     def __init__(self, channels: int, groups: int, scale: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class ScaleExpert(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the expert's map, ``(N, rank, H, W)`` like its input."""
+        """Return the expert's output, ``(N, rank, H, W)`` like its input."""
         if self.scale == 1:
             return F.conv2d(hidden, self.weight, padding=1, groups=self.groups)
         height, width = hidden.shape[-2:]
@@ -78,20 +78,20 @@ class ScaleExpert(nn.Module):
         return F.interpolate(large, size=(height, width), mode="bilinear")
 
     def extra_repr(self) -> str:
-        """Show the scale when the model is printed."""
+        """Return the scale, to be shown when the model is printed."""
         return f"scale {self.scale}"
 
 
 @register_adapter("conv_lora")
 class ConvLora(RoutedAdapter):
-    """``f(x) = (alpha / r) * B( sum_k g_k(A x) E_k(A x) )``: LoRA's A and B, the experts E_k and gates g in between.
+    """``f(x) = (alpha / r) * B( sum_k g_k(A x) E_k(A x) )``: LoRA's A and B, with gates g and experts E_k between them.
 
-    A has the layer's kernel, stride, dilation and padding, so the experts run on the layer's own output grid; B is 1x1
-    and starts at zero, so ``f`` does. The gates are those of ``Router``, from the average of ``A x``: top-k of a softmax,
-    without the noise of the paper. Groups stay groups: A, B, the experts and the router are block-diagonal, and each
-    group has gates of its own. All experts run, and those not chosen weigh 0: no shape depends on the data, and every
-    parameter has a gradient in every step (DDP, ``torch.compile``). The load-balancing loss is that of ``RoutedAdapter``
-    (shares times probabilities), in place of the paper's squared coefficient of variation of the importance.
+    A has the layer's kernel, stride, dilation and padding, so the experts run on the layer's output grid; B is 1x1 and
+    starts at zero, so ``f`` does. ``Router`` computes the gates from the average of ``A x``: top-k of a softmax,
+    without the paper's noise. A, B, the experts and the router have the layer's groups, and each group has its own
+    gates. All experts run, those not chosen with gate 0: no shape depends on the data, and every parameter has a
+    gradient in every step (DDP, ``torch.compile``). The load-balancing loss is that of ``RoutedAdapter``, not the
+    paper's squared coefficient of variation of the importance.
 
     Reference: arXiv:2401.17868, eq. 3-4.
     """
@@ -99,6 +99,7 @@ class ConvLora(RoutedAdapter):
     places = ("parallel",)
     Options = ConvLoraOptions
     merge_refusal = "its gates choose experts for each image, so no convolution equals it"
+    image_parts = "experts"
 
     def __init__(self, site: Site, options: ConvLoraOptions) -> None:
         super().__init__(site, options)
@@ -114,13 +115,6 @@ class ConvLora(RoutedAdapter):
         self.up = nn.Parameter(torch.zeros(self.up_geometry.weight_shape()))
         self.dropout = nn.Dropout(options.dropout)
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-
-    @classmethod
-    def refuses(cls, site: Site, options: ConvLoraOptions) -> str | None:
-        """Refuse layers without a map of pixels."""
-        if site.geometry.linear:
-            return "its experts need an image (N, C, H, W), and this layer's channels are the last axis"
-        return None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the update, shaped like the host's output."""

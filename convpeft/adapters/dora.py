@@ -1,4 +1,4 @@
-"""DoRA: the layer's weight taken apart into magnitude and direction, with LoRA turning the direction.
+"""DoRA: the layer's weight as magnitude times direction; LoRA updates the direction, the magnitude trains apart.
 
 Paper: Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353.
 """
@@ -12,21 +12,20 @@ from torch import Tensor
 def magnitude_ratio(weight: Tensor, update: Tensor, magnitude: Tensor, detach_norm: bool = True) -> Tensor:
     """Return ``m / ||W + U||`` for each output channel, with ``m = ||W|| + d``; exactly 1 while U and d are zero.
 
-    The paper learns m itself, which starts at ``||W||``. Learning the difference d gives the same gradients and the same
-    steps, and a fresh adapter is exactly the identity without having seen the layer: both norms are then the same sum of
-    the same numbers, and a number over itself is 1. A base checkpoint loaded later brings its own ``||W||``.
+    The paper learns m itself, which starts at ``||W||``. Learning the difference d gives the same gradients and the
+    same steps, and a fresh adapter is exactly the identity without storing ``||W||``: both norms are then computed from
+    the same numbers, and a number divided by itself is 1. With another base checkpoint ``||W||`` changes by itself.
 
-    A channel whose ``W + U`` is all zero has no direction; its ratio is 1 and its magnitude stays out of it.
+    A channel whose ``W + U`` is all zero has no direction: its ratio is 1, whatever its magnitude.
 
     Args:
         weight: W, ``(out, ...)``.
-        update: U, the same shape once flattened after the first axis.
+        update: U, as W or flattened after the first axis.
         magnitude: d, ``(out,)``.
-        detach_norm: take ``||W + U||`` for a constant in the backward pass (the paper's section 4.3), which saves the
-            memory of its graph.
+        detach_norm: treat ``||W + U||`` as a constant in backward (the paper's section 4.3), which saves memory.
 
     Returns:
-        Shape ``(out,)``, in float32 at least.
+        Shape ``(out,)``, in float64 if ``weight`` is, else in float32.
 
     Example:
         >>> import torch

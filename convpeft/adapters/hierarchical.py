@@ -1,4 +1,4 @@
-"""The hierarchical adapter: a bottleneck with convolution, attention and MLP inside, each a gated residual.
+"""The hierarchical adapter: a bottleneck with a convolution, an attention and an MLP step, each a gated residual.
 
 Papers: Houlsby et al., arXiv:1902.00751 (the bottleneck); Xie et al., ResNeXt, arXiv:1611.05431 (grouped double
 convolution); Vaswani et al., arXiv:1706.03762 (attention); Wang et al., Pyramid Vision Transformer, arXiv:2102.12122
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .base import Adapter, Site
+from .branches import zeroed
 from .options import AdapterOptions, positive, probability
 from .registry import register_adapter
 
@@ -29,15 +30,15 @@ class HierarchicalOptions(AdapterOptions):
     Attributes:
         reduction: the reduced width is ``channels // reduction`` (at least 1).
         rank: the reduced width itself, instead of a reduction.
-        conv_groups: groups of the two 3x3 convolutions; the largest number up to it that divides the width is taken.
-        heads: of the attention; the largest number up to it that divides the width is taken.
-        attention: every pixel looks at the whole map, averaged into at most ``cells`` x ``cells`` keys (``pooled``), or
-            at its own window of ``cells`` x ``cells`` pixels (``window``).
-        cells: see ``attention``; it bounds the memory: each pixel has at most ``cells * cells`` keys, however large the map.
-        mlp_ratio: hidden width of the MLP over the reduced width.
-        gate: where the learnable scalar gate of each step starts.
-        dropout: of the map before the up projection, in training.
-        recompute: attention and MLP keep their input alone for the backward pass and run once more there.
+        conv_groups: groups of the two 3x3 convolutions, lowered to the nearest divisor of the reduced width.
+        heads: heads of the attention, lowered to the nearest divisor of the reduced width.
+        attention: each pixel attends to the whole map, averaged into at most ``cells`` x ``cells`` keys (``pooled``),
+            or to its own window of ``cells`` x ``cells`` pixels (``window``).
+        cells: see ``attention``; each pixel has at most ``cells * cells`` keys, however large the map.
+        mlp_ratio: hidden width of the MLP divided by the reduced width.
+        gate: initial value of each step's learnable scalar gate.
+        dropout: dropout probability on the map before the up projection, in training.
+        recompute: save only the input of attention and MLP for backward, and recompute them there.
     """
 
     reduction: int = 4
@@ -52,7 +53,7 @@ class HierarchicalOptions(AdapterOptions):
     recompute: bool = True
 
     def problems(self) -> Iterator[str]:
-        """Yield what is out of range."""
+        """Yield a sentence for each value that is out of range."""
         yield from positive(self, "reduction", "rank", "conv_groups", "heads", "cells", "mlp_ratio")
         yield from probability(self, "dropout")
 
@@ -73,7 +74,7 @@ class DoubleConv(nn.Module):
 
 
 class Attention(nn.Module):
-    """``g * Wo softmax(q k^T / sqrt(d)) v`` over normed pixels, in heads; keys and values from a bounded number of places."""
+    """``g * Wo softmax(q k^T / sqrt(d)) v`` over normalised pixels, in heads, with at most ``cells * cells`` keys."""
 
     def __init__(self, width: int, heads: int, mode: str, cells: int, gate: float) -> None:
         super().__init__()
@@ -100,15 +101,15 @@ class Attention(nn.Module):
     def _windowed(self, pixels: Tensor) -> Tensor:
         side, (height, width) = self.cells, pixels.shape[-3:-1]
         rows, columns = -(-height // side), -(-width // side)
-        beyond = (0, 0, 0, columns * side - width, 0, rows * side - height)
-        tokens = _to_windows(F.pad(pixels, beyond), side)
-        real = _to_windows(F.pad(pixels.new_ones(height, width, 1), beyond), side).bool()
-        attended = self._attend(tokens, tokens, real.transpose(-1, -2).unsqueeze(-3))
-        whole = "... rows columns (a b) c -> ... (rows a) (columns b) c"
-        return rearrange(attended, whole, a=side, b=side)[..., :height, :width, :]
+        padding = (0, 0, 0, columns * side - width, 0, rows * side - height)
+        tokens = _to_windows(F.pad(pixels, padding), side)
+        is_pixel = _to_windows(F.pad(pixels.new_ones(height, width, 1), padding), side).bool()
+        attended = self._attend(tokens, tokens, is_pixel.transpose(-1, -2).unsqueeze(-3))
+        to_image = "... rows columns (a b) c -> ... (rows a) (columns b) c"
+        return rearrange(attended, to_image, a=side, b=side)[..., :height, :width, :]
 
     def _attend(self, tokens: Tensor, sources: Tensor, mask: Tensor | None) -> Tensor:
-        """Return attention of ``tokens`` ``(..., L, width)`` to ``sources`` ``(..., S, width)``, heads side by side."""
+        """Return attention of ``tokens`` ``(..., L, width)`` to ``sources`` ``(..., S, width)``, heads concatenated."""
         query = rearrange(self.query(tokens), "... l (heads d) -> ... heads l d", heads=self.heads)
         pairs = rearrange(self.key_value(sources), "... s (two heads d) -> two ... heads s d", two=2, heads=self.heads)
         key, value = pairs.unbind(0)
@@ -133,19 +134,20 @@ class Mlp(nn.Module):
 
 @register_adapter("hierarchical")
 class Hierarchical(Adapter):
-    """``f(z) = up(h3)`` with ``h0 = GELU(down z)`` and ``h1 = h0 + g1 conv(h0)``, ``h2 = h1 + g2 attend(h1)``, ``h3 = h2 + g3 mlp(h2)``.
+    """``f(z) = up(h3)``: three gated residual steps in the reduced width, between 1x1 ``down`` and ``up``.
 
-    All steps work in the reduced width, which is what keeps them small. ``down`` and ``up`` are 1x1; ``up`` starts at
-    zero, so ``f`` does. Each gate is multiplied into the weights of its step's last layer: the same function, and no map
-    of its own to keep for the backward pass.
+    ``h0 = GELU(down z)``, ``h1 = h0 + g1 conv(h0)``, ``h2 = h1 + g2 attend(h1)``, ``h3 = h2 + g3 mlp(h2)``. ``up``
+    starts at zero, so ``f`` does. Each gate is multiplied into the weights of its step's last layer: the result is the
+    same, and no map has to be saved for the gate's gradient.
 
-    Attention costs memory in proportion to the pixels, not to their square, for the keys are bounded (``cells``).
-    Position comes from the zero padding and the neighbourhoods of the convolutions before it.
+    The number of keys is bounded (``cells``), so attention's memory grows linearly with the pixels. It has no position
+    encoding: the convolutions and their zero padding before it carry position.
     """
 
     places = ("output",)
     Options = HierarchicalOptions
     merge_refusal = "its GELU, attention and norms are not linear, so no convolution equals it"
+    image_parts = "convolutions and attention"
 
     def __init__(self, site: Site, options: HierarchicalOptions) -> None:
         super().__init__(site, options)
@@ -157,18 +159,15 @@ class Hierarchical(Adapter):
         self.attention = Attention(width, heads, options.attention, options.cells, options.gate)
         self.mlp = Mlp(width, max(1, round(width * options.mlp_ratio)), options.gate)
         self.dropout = nn.Dropout(options.dropout)
-        self.up = nn.Conv2d(width, channels, 1)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)  # type: ignore[arg-type]
+        self.up = zeroed(nn.Conv2d(width, channels, 1))
 
     @classmethod
     def refuses(cls, site: Site, options: HierarchicalOptions) -> str | None:
-        """Refuse a reduction larger than the channels, and outputs without a map of pixels."""
-        if site.geometry.linear:
-            return "its convolutions and attention need an image (N, C, H, W), and this output's channels are the last axis"
-        if options.rank is None and options.reduction > site.geometry.out_channels:
-            return f"reduction {options.reduction} leaves nothing of its {site.geometry.out_channels} channels"
-        return None
+        """Return a refusal for channels-last outputs, or a reduction above the channels."""
+        channels = site.geometry.out_channels
+        if not site.geometry.linear and options.rank is None and options.reduction > channels:
+            return f"reduction {options.reduction} leaves nothing of its {channels} channels"
+        return super().refuses(site, options)
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the update, shaped like ``z``."""
@@ -181,14 +180,14 @@ class Hierarchical(Adapter):
         return self.up(self.dropout(hidden))
 
     def _tokens(self, hidden: Tensor) -> Tensor:
-        """Return the map after the two steps that treat pixels as tokens."""
+        """Return the map after attention and MLP, the two steps that treat pixels as tokens."""
         pixels = hidden.movedim(-3, -1)
         pixels = pixels + self.attention(pixels)
         return (pixels + self.mlp(pixels)).movedim(-1, -3)
 
 
 def _gated(layer: nn.Conv2d | nn.Linear, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weight and bias with which ``layer`` computes ``gate`` times its output."""
+    """Return the layer's weight and bias times ``gate``: with them it computes ``gate`` times its output."""
     assert layer.bias is not None
     return layer.weight * gate, layer.bias * gate
 
@@ -199,5 +198,5 @@ def _divisor(width: int, most: int) -> int:
 
 
 def _to_windows(image: Tensor, side: int) -> Tensor:
-    """Return ``(..., rows, columns, side * side, C)`` of an image ``(..., rows * side, columns * side, C)``."""
+    """Return an image ``(..., rows * side, columns * side, C)`` as ``(..., rows, columns, side * side, C)``."""
     return rearrange(image, "... (rows a) (columns b) c -> ... rows columns (a b) c", a=side, b=side)

@@ -19,6 +19,7 @@ from ..convolution.low_rank import Factors, UpdateForm, cheapest
 from ..convolution.nodes import convolve_trained
 from ..errors import NotMergeable
 from .base import Adapter, Host, Site, exact
+from .branches import shared_rank
 from .dora import magnitude_ratio
 from .options import AdapterOptions, positive, probability
 from .registry import register_adapter
@@ -29,16 +30,17 @@ class LoraOptions(AdapterOptions):
     """Options of ``lora``.
 
     Attributes:
-        rank: r, the width of the detour. A grouped layer shares it out: ``max(1, rank // groups)`` for each group.
+        rank: r, the hidden channels; a grouped layer gets ``max(1, rank // groups)`` per group.
         alpha: the update is scaled by ``alpha / rank``; unset means ``alpha = rank``, a scale of 1.
-        dropout: of the detour's input, in training.
+        dropout: dropout probability on the update's input, in training.
         rslora: scale by ``alpha / sqrt(rank)`` instead.
-        pointwise: A looks at the centre pixel only (1x1) instead of the layer's whole kernel.
-        dora: learn the magnitude of the layer's weight apart from its direction (parallel only).
-        evaluate: in training, keep A and B ``separate`` from the layer's kernel, or add their product to it and convolve
-            once; then their gradients go by way of A's own output (``summed``) or of the whole kernel's gradient
-            (``weight``). ``auto`` takes what costs less. The values agree but for rounding.
-        detach_norm: with ``dora``, take the norm for a constant in the backward pass, as the paper proposes.
+        pointwise: A is 1x1, at the centre of the layer's kernel, instead of the whole kernel.
+        dora: learn the magnitude of the layer's weight and its direction separately (parallel only).
+        detach_norm: with ``dora``, treat the norm as a constant in backward, as the paper proposes.
+        evaluate: how to compute the update in training: ``separate`` runs A and B beside the layer; the others add
+            ``B A`` to the layer's kernel and convolve once, with the gradients of A and B by way of ``A x``
+            (``summed``) or of the whole kernel's gradient (``weight``). ``auto`` takes the cheaper of the last two.
+            All give the same values up to rounding.
     """
 
     rank: int = 8
@@ -51,7 +53,7 @@ class LoraOptions(AdapterOptions):
     evaluate: Literal["auto", "separate", "summed", "weight"] = "auto"
 
     def problems(self) -> Iterator[str]:
-        """Yield what is out of range."""
+        """Yield a sentence for each value that is out of range."""
         yield from positive(self, "rank", "alpha")
         yield from probability(self, "dropout")
         if not (self.dora or self.detach_norm):
@@ -62,15 +64,15 @@ class LoraOptions(AdapterOptions):
 class Lora(Adapter):
     """``f(x) = (alpha / r) * B(A x)``: A has the layer's kernel, stride and padding, B is 1x1 and starts at zero.
 
-    Groups stay groups: both factors are block-diagonal, nothing leaks from one group to another, and a depthwise
-    layer's adapter is no larger than the layer. Beside a transposed convolution A is a transposed one. On a module's
-    output A and B are 1x1 convolutions over its channels.
+    A and B have the layer's groups (both are block-diagonal), so a depthwise layer's adapter is no larger than the
+    layer. Beside a transposed convolution A is transposed too. On a module's output A and B are 1x1 over its channels.
 
-    With ``dora`` the layer's weight becomes ``W' = m V / ||V||``, ``V = W + (alpha / r) B A``, one norm and one magnitude m
-    for each output channel; the bias is left alone. In terms of what the layer has computed already, without its bias,
-    that adds ``f(x) = (q - 1) layer(x) + q (alpha / r) B(A x)`` with ``q = m / ||V||``: no second pass through W, and no
-    gradient of W's size. Fresh, q is exactly 1 (see ``magnitude_ratio``) and B zero, so ``f`` is exactly zero. Dropout acts
-    on A's input, not on the norm. Several active adapters add up, each as the difference from the bare layer.
+    With ``dora`` the layer's weight becomes ``W' = m V / ||V||``, ``V = W + (alpha / r) B A``, with one norm and one
+    magnitude m for each output channel; the bias is unchanged. With ``layer(x)`` the layer's own output minus its bias,
+    ``f(x) = (q - 1) layer(x) + q (alpha / r) B(A x)``, ``q = m / ||V||``: W is neither convolved nor differentiated a
+    second time. In a fresh adapter q is exactly 1 (see ``magnitude_ratio``) and B zero, so ``f`` is
+    exactly zero. Dropout acts on A's input, not on the norm. Active adapters add up, each as its difference from the
+    bare layer.
 
     Reference: arXiv:2106.09685, eq. 3: ``W' = W + (alpha / r) B A``; arXiv:2402.09353, eq. 5.
     """
@@ -83,8 +85,7 @@ class Lora(Adapter):
     def __init__(self, site: Site, options: LoraOptions) -> None:
         super().__init__(site, options)
         host = site.geometry
-        per_group = options.rank if host.groups == 1 else max(1, min(options.rank // host.groups, host.out_per_group))
-        rank = per_group * host.groups
+        rank = shared_rank(host, options.rank)
         inner = host.resized((1, 1)) if options.pointwise else host
         self.down_geometry = inner.with_channels(host.in_channels, rank)
         self.up_geometry = host.pointwise(rank, host.out_channels, host.groups)
@@ -102,7 +103,7 @@ class Lora(Adapter):
 
     @classmethod
     def refuses(cls, site: Site, options: LoraOptions) -> str | None:
-        """Refuse DoRA where there is no weight to take apart."""
+        """Return why DoRA is refused on a module's output: it has no weight."""
         if options.dora and site.place == "output":
             return "dora takes a layer's weight apart, and a module's output has none; use place: parallel on a layer"
         return None
@@ -112,9 +113,8 @@ class Lora(Adapter):
 
         Args:
             x: the host's input.
-            host: read by DoRA only.
-            output_size: height and width of the host's output, where that is a transposed convolution: its caller may
-                have asked for one.
+            host: the host's tensors, needed by DoRA only.
+            output_size: height and width of the output of a transposed host, which its caller may choose.
         """
         if host is not None:
             output_size = host.output.shape[-2:]
@@ -128,28 +128,27 @@ class Lora(Adapter):
         if host is None:
             raise TypeError("a DoRA adapter reads its layer: call it as adapter(x, host), as the layer itself does")
         product = self._kernel(self.down, self.up)
-        ratio = magnitude_ratio(
-            self.site.geometry.as_kernel(host.weight), product, self.magnitude, self.options.detach_norm
-        )
+        weight = self.site.geometry.as_kernel(host.weight)
+        ratio = magnitude_ratio(weight, product, self.magnitude, self.options.detach_norm)
         per_channel = (-1,) if self.site.geometry.linear else (-1, 1, 1)
         own = host.output if host.bias is None else host.output - host.bias.to(host.output.dtype).view(per_channel)
         ratio = ratio.view(per_channel)
         return (ratio - 1).to(update.dtype) * own + ratio.to(update.dtype) * update
 
     def factors(self) -> Factors | None:
-        """Return A and the scaled B, unless something else comes in between: dropout, DoRA, another kernel or place."""
+        """Return A and the scaled B; None with dropout, DoRA, ``pointwise``, or a host that is no plain convolution."""
         if self.form is None or (self.training and self.dropout.p > 0):
             return None
         return Factors(self.down, self.up if self.scale == 1 else self.up * self.scale, self.form)
 
     def _has_factors(self) -> bool:
-        """Whether all there is to it, but for dropout, are two factors beside a convolution."""
+        """Return whether the update, apart from dropout, is two factors beside a plain convolution."""
         host = self.site.geometry
-        beside = self.site.place == "parallel" and not (host.linear or host.transposed)
-        return beside and not (self.options.dora or self.options.pointwise)
+        plain = self.site.place == "parallel" and not (host.linear or host.transposed)
+        return plain and not (self.options.dora or self.options.pointwise)
 
     def _kernel(self, down: Tensor, up: Tensor) -> Tensor:
-        """Return ``(alpha / r) B A`` as one kernel of the host's own size."""
+        """Return ``(alpha / r) B A`` as one kernel of the host's kernel size."""
         size = self.site.geometry.kernel_size
         product = compose_pointwise(up, down, self.site.geometry.groups) * self.scale
         return product if product.shape[2:] == size else embed_on_grid(product, size, size)

@@ -1,6 +1,6 @@
-"""MoE-Rep-MoNA: a router weighs depthwise experts of several sizes for each image.
+"""MoE-Rep-MoNA: a mixture of depthwise experts of several kernel sizes, with gates computed for each image.
 
-Papers: Zhong et al., Conv-LoRA, arXiv:2401.17868 (experts of scale inside a low-rank detour); Shazeer et al.,
+Papers: Zhong et al., Conv-LoRA, arXiv:2401.17868 (experts of several scales in a low-rank update); Shazeer et al.,
 arXiv:1701.06538 (top-k gates); Fedus et al., Switch Transformer, arXiv:2101.03961 (load balancing); Hu et al.,
 Squeeze-and-Excitation, arXiv:1709.01507; Woo et al., CBAM, arXiv:1807.06521 (spatial attention).
 """
@@ -30,13 +30,13 @@ class MoeRepMonaOptions(AdapterOptions):
     """Options of ``moe_rep_mona``.
 
     Attributes:
-        rank: r, the width of the detour. A grouped layer shares it out: ``max(1, rank // groups)`` for each group.
+        rank: r, the hidden channels; a grouped layer gets ``max(1, rank // groups)`` per group.
         kernel_sizes: the experts: one depthwise convolution of each size, odd, in the host's own dilation.
-        top_k: experts that take part for one image.
-        squeeze: the squeeze-and-excitation block's hidden width is the detour's over this (at least 1).
-        spatial_attention: weigh the pixels too (the second version).
-        load_balancing: weight of the load-balancing loss; 0 is off (the second version has it on, at 0.01 for example).
-        dropout: of the detour's input, in training.
+        top_k: number of experts with a nonzero gate for one image.
+        squeeze: reduction of the squeeze-and-excitation block: its width is ``rank // squeeze`` (at least 1).
+        spatial_attention: scale the pixels too (version 2).
+        load_balancing: weight of the load-balancing loss; 0 is off (version 2 has it on, for example 0.01).
+        dropout: dropout probability on the update's input, in training.
     """
 
     rank: int = 16
@@ -48,7 +48,7 @@ class MoeRepMonaOptions(AdapterOptions):
     dropout: float = 0.0
 
     def problems(self) -> Iterator[str]:
-        """Yield what is out of range."""
+        """Yield a sentence for each value that is out of range."""
         yield from positive(self, "rank", "top_k", "squeeze")
         yield from probability(self, "dropout")
         yield from odd_kernels(self.kernel_sizes)
@@ -59,7 +59,7 @@ class MoeRepMonaOptions(AdapterOptions):
 
 
 class SqueezeExcite(nn.Module):
-    """``h * sigmoid(W2 SiLU(W1 mean(h)))``: weighs the channels; groups stay apart.
+    """``h * sigmoid(W2 SiLU(W1 mean(h)))``: scales the channels; W1 and W2 are grouped.
 
     Reference: arXiv:1709.01507, eq. 2-4, with SiLU for ReLU.
     """
@@ -71,13 +71,13 @@ class SqueezeExcite(nn.Module):
         self.expand = nn.Conv2d(hidden, channels, 1, groups=groups)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the weighed map."""
+        """Return the scaled map."""
         average = hidden.mean((-2, -1), keepdim=True)
         return hidden * self.expand(F.silu(self.reduce(average))).sigmoid()
 
 
 class SpatialAttention(nn.Module):
-    """``h * sigmoid(conv7x7([mean_c h; max_c h]))``: weighs the pixels; groups stay apart.
+    """``h * sigmoid(conv7x7([mean_c h; max_c h]))``: scales the pixels, separately in each group of channels.
 
     Reference: arXiv:1807.06521, eq. 3.
     """
@@ -88,28 +88,29 @@ class SpatialAttention(nn.Module):
         self.conv = nn.Conv2d(2 * groups, groups, 7, padding=3, groups=groups)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the weighed map."""
+        """Return the scaled map."""
         grouped = hidden.unflatten(-3, (self.groups, -1))
-        seen = torch.stack([grouped.mean(-3), grouped.amax(-3)], -3).flatten(-4, -3)
-        return (grouped * self.conv(seen).sigmoid().unsqueeze(-3)).flatten(-4, -3)
+        pooled = torch.stack([grouped.mean(-3), grouped.amax(-3)], -3).flatten(-4, -3)
+        return (grouped * self.conv(pooled).sigmoid().unsqueeze(-3)).flatten(-4, -3)
 
 
 @register_adapter("moe_rep_mona")
 class MoeRepMona(RoutedAdapter):
-    """``f(x) = U SE( sum_k g_k(x) DW_k(D x) )``: D and U are 1x1, the experts DW_k depthwise, the gates g for each image.
+    """``f(x) = U SE( sum_k g_k(x) DW_k(D x) )`` with 1x1 D and U, depthwise experts DW_k and gates g for each image.
 
-    Beside a layer the experts run on the layer's own output grid (stride, dilation, padding), as ``rep_mona``'s
-    branches do; ``spatial_attention`` comes after SE. U starts at zero, so ``f`` does. All experts run, and those not
-    chosen weigh 0: no shape depends on the data, and every parameter has a gradient in every step (DDP, ``torch.compile``).
-
-    The load-balancing loss is ``weight * K * sum_k f_k P_k``: f_k is the share of the choices that fell on expert k, P_k
-    the router's mean probability for it. It is ``weight`` when all are used alike and grows as some are left out.
-    Reference: arXiv:2101.03961, eq. 4-6, with top-k choices in place of the first.
+    Beside a layer the experts run on the layer's output grid (stride, dilation, padding), as ``rep_mona``'s branches
+    do; ``spatial_attention`` comes after SE. U starts at zero, so ``f`` does. All experts run, those not chosen with
+    gate 0: no shape depends on the data, and every parameter has a gradient in every step (DDP, ``torch.compile``).
+    ``RoutedAdapter`` gives the load-balancing loss.
     """
 
     places = ("parallel", "output")
     Options = MoeRepMonaOptions
-    merge_refusal = "its gates and its squeeze-and-excitation depend on the input, so its experts stay separate and no convolution equals it"
+    merge_refusal = (
+        "its gates and its squeeze-and-excitation depend on the input, so its experts stay separate and no convolution "
+        "equals it"
+    )
+    image_parts = "depthwise experts"
 
     def __init__(self, site: Site, options: MoeRepMonaOptions) -> None:
         super().__init__(site, options)
@@ -127,21 +128,11 @@ class MoeRepMona(RoutedAdapter):
         self.dropout = nn.Dropout(options.dropout)
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
-    @classmethod
-    def refuses(cls, site: Site, options: MoeRepMonaOptions) -> str | None:
-        """Refuse places without a map of pixels."""
-        if site.geometry.linear:
-            return "its depthwise experts need an image (N, C, H, W), and this layer's channels are the last axis"
-        return None
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the update, shaped like the host's output."""
         gates, probabilities = self.router(x)
         self.note_balance(gates, probabilities)
         hidden = convolve_trained(self.down_geometry, self.dropout(x), self.down)
-        mixed = self._mix(hidden, gates)
+        experts = enumerate(self.experts)
+        mixed = reduce(torch.add, [weigh_by_group(expert(hidden), gates, k) for k, expert in experts])
         return convolve_trained(self.up_geometry, self.spatial(self.squeeze_excite(mixed)), self.up)
-
-    def _mix(self, hidden: Tensor, gates: Tensor) -> Tensor:
-        """Return the experts' maps, weighted."""
-        return reduce(torch.add, [weigh_by_group(expert(hidden), gates, k) for k, expert in enumerate(self.experts)])

@@ -1,4 +1,4 @@
-"""MoNA, the multi-cognitive visual adapter: a scaled norm and averaged depthwise branches in a bottleneck.
+"""MoNA, the multi-cognitive visual adapter: a bottleneck with a scaled input norm and depthwise branches.
 
 Paper: Yin et al., 5%>100%: Breaking Performance Shackles of Full Fine-Tuning on Visual Recognition Tasks,
 arXiv:2408.08345 (CVPR 2025).
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Adapter, Site
-from .branches import Branch, is_traced, sum_of_kernels
+from .branches import Branch, is_traced, sum_of_kernels, zeroed
 from .options import AdapterOptions, odd_kernels, positive, probability
 from .registry import register_adapter
 
-_NORM_START = 1e-6  # of s1: the norm joins in slowly, as in the authors' code
+_NORM_START = 1e-6  # initial value of s1, as in the authors' code: the norm starts with almost no weight
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MonaOptions(AdapterOptions):
     Attributes:
         rank: the width of the bottleneck (the paper's 64).
         kernel_sizes: the depthwise branches, odd.
-        dropout: of the map between GELU and the up projection, in training.
+        dropout: dropout probability on the map between GELU and the up projection, in training.
     """
 
     rank: int = 64
@@ -38,7 +38,7 @@ class MonaOptions(AdapterOptions):
     dropout: float = 0.0
 
     def problems(self) -> Iterator[str]:
-        """Yield what is out of range."""
+        """Yield a sentence for each value that is out of range."""
         yield from positive(self, "rank")
         yield from probability(self, "dropout")
         yield from odd_kernels(self.kernel_sizes)
@@ -48,12 +48,12 @@ class MonaOptions(AdapterOptions):
 class Mona(Adapter):
     """``f(z) = U GELU( p(d(D n(z))) )``, on a module's output.
 
-    ``n(z) = s1 * LayerNorm(z) + s2 * z`` normalises each pixel over its channels, with a learnable number of each sort
-    for each channel; ``d(h) = mean_k DW_k(h) + h`` sees several scales; ``p(h) = M h + h`` mixes channels. D, M and U
-    are 1x1; U starts at zero, so ``f`` does.
+    ``n(z) = s1 * LayerNorm(z) + s2 * z`` normalises each pixel over its channels, with learnable s1 and s2 for each
+    channel; ``d(h) = mean_k DW_k(h) + h`` has several kernel sizes; ``p(h) = M h + h`` mixes channels. D, M and U are
+    1x1; U starts at zero, so ``f`` does.
 
-    Its norm and its GELU keep it from being a convolution. Its branches run as one depthwise convolution with the mean of
-    their kernels, in training too.
+    The norm and the GELU are not linear, so it does not merge. The branches run as one depthwise convolution with the
+    mean of their kernels, in training too.
 
     Reference: arXiv:2408.08345, eq. 2-4 and fig. 4.
     """
@@ -61,6 +61,7 @@ class Mona(Adapter):
     places = ("output",)
     Options = MonaOptions
     merge_refusal = "its GELU and its input norm are not linear, so no convolution equals it"
+    image_parts = "depthwise branches"
 
     def __init__(self, site: Site, options: MonaOptions) -> None:
         super().__init__(site, options)
@@ -74,16 +75,7 @@ class Mona(Adapter):
         self.inner = grid.resized((max(options.kernel_sizes),) * 2)
         self.mix = nn.Conv2d(rank, rank, 1)
         self.dropout = nn.Dropout(options.dropout)
-        self.up = nn.Conv2d(rank, channels, 1)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)  # type: ignore[arg-type]
-
-    @classmethod
-    def refuses(cls, site: Site, options: MonaOptions) -> str | None:
-        """Refuse outputs without a map of pixels."""
-        if site.geometry.linear:
-            return "its depthwise branches need an image (N, C, H, W), and this output's channels are the last axis"
-        return None
+        self.up = zeroed(nn.Conv2d(rank, channels, 1))
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the update, shaped like ``z``."""
@@ -91,14 +83,14 @@ class Mona(Adapter):
         return self.up(self.dropout(F.gelu(hidden)))
 
     def _normed(self, z: Tensor) -> Tensor:
-        """Return ``s1 * LayerNorm(z) + s2 * z``; s1 goes into the norm's own gain, which spares a map in memory."""
+        """Return ``s1 * LayerNorm(z) + s2 * z``; s1 is multiplied into the norm's gain, which saves a map in memory."""
         pixels = z.movedim(-3, -1)
         gain, shift = self.norm.weight * self.norm_scale, self.norm.bias * self.norm_scale
         normed = F.layer_norm(pixels, self.norm.normalized_shape, gain, shift, self.norm.eps)
         return (normed + pixels * self.input_scale).movedim(-1, -3)
 
     def _linear_part(self, hidden: Tensor) -> Tensor:
-        """Return ``p(d(hidden))``, the mean of the branches as one depthwise convolution."""
+        """Return ``p(d(hidden))``, with the mean of the branches as one depthwise convolution."""
         if is_traced(hidden):
             mean = reduce(torch.add, [branch(hidden) for branch in self.branches]) / len(self.branches)
         else:

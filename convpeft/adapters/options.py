@@ -1,4 +1,4 @@
-"""Options of adapter kinds: frozen dataclasses, checked against their annotations when a spec or a file is read."""
+"""Options of adapter kinds: frozen dataclasses, checked against their annotations when read from a spec or a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import OptionError, closest
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """The options of a kind: a frozen dataclass; the annotations are checked, ``problems`` checks the rest."""
+    """The base class of a kind's options, a frozen dataclass; annotations give the types, ``problems`` the ranges."""
 
     def problems(self) -> Iterator[str]:
         """Yield one sentence for each value that is out of range."""
@@ -22,7 +22,7 @@ class AdapterOptions:
 
 
 def positive(options: AdapterOptions, *names: str) -> Iterator[str]:
-    """Yield a sentence for each named option that is not above zero."""
+    """Yield a sentence for each named option that is not above zero (None is allowed)."""
     for name in names:
         value = getattr(options, name)
         if value is not None and not value > 0:
@@ -38,7 +38,7 @@ def probability(options: AdapterOptions, *names: str) -> Iterator[str]:
 
 
 def odd_kernels(sizes: tuple[int, ...]) -> Iterator[str]:
-    """Yield a sentence for each problem of a list of branch kernel sizes."""
+    """Yield a sentence for each kernel size that is even or below 1, and one if there are none."""
     if not sizes:
         yield "kernel_sizes must name at least one size"
     for size in sizes:
@@ -49,12 +49,12 @@ def odd_kernels(sizes: tuple[int, ...]) -> Iterator[str]:
 def read_options(
     kind: str, options: type[AdapterOptions], raw: Mapping[str, Any]
 ) -> tuple[AdapterOptions | None, list[OptionError]]:
-    """Return the checked options of a kind, or None and every problem found.
+    """Return a kind's checked options and no problems, or None and every problem found.
 
     Args:
-        kind: its name, for the problems.
-        options: its class of options.
-        raw: the options as a spec file gives them; lists stand for tuples.
+        kind: the kind's name, for the error texts.
+        options: the kind's options class.
+        raw: the options as read from a spec file; lists are converted to tuples.
     """
     known = {field.name: field for field in fields(options)}
     hints = hints_of(options)  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def read_options(
             hint = f"Closest: {near}. " if near else ""
             problems.append(f"unknown key {key!r} for kind {kind!r}. {hint}Its options: {', '.join(known) or 'none'}.")
         elif not fits(given, hints[key]):
-            problems.append(f"{key} of kind {kind!r} must be {_say(hints[key])}, not {given!r}")
+            problems.append(f"{key} of kind {kind!r} must be {_type_in_words(hints[key])}, not {given!r}")
         else:
             values[key] = float(given) if hints[key] is float else given
     missing = [key for key, field in known.items() if _required(field) and key not in raw]
@@ -80,7 +80,7 @@ def read_options(
 
 @cache
 def hints_of(kind: Any) -> dict[str, Any]:
-    """Return the annotations of a dataclass as types."""
+    """Return the annotations of a dataclass, resolved to types."""
     return typing.get_type_hints(kind)
 
 
@@ -89,7 +89,7 @@ def _required(field: Any) -> bool:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Return whether a value read from a file is of an annotated type; a whole number is a float too, a bool is no number."""
+    """Return whether a value read from a file has an annotated type; an int is a float too, a bool is neither."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in arguments
@@ -98,24 +98,19 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple) and all(fits(item, arguments[0]) for item in value)
     if hint is float:
-        return (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and abs(value) != float("inf")
-            and value == value
-        )
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
 
 
-def _say(hint: Any) -> str:
+def _type_in_words(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, arguments))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_say(argument) for argument in arguments)
+        return " or ".join(map(_type_in_words, arguments))
     if origin is tuple:
-        return f"a list of {_say(arguments[0])}"
+        return f"a list of {_type_in_words(arguments[0])}"
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", type(None): "null"}
     return names.get(hint, str(hint))

@@ -1,4 +1,4 @@
-"""The adapter kinds by name; the built-in ones and a user's own are registered in the same way."""
+"""The registry of adapter kinds by name; built-in kinds and a user's own are registered in the same way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import RegistrationError, UnknownKind, closest
 from .base import Adapter
 
 AdapterClass = TypeVar("AdapterClass", bound="type[Adapter]")
-LEAVE = "leave"  # the rule that gives nothing
+LEAVE = "leave"  # a rule of this kind adds no adapter
 _KINDS: dict[str, type[Adapter]] = {}
 _FAMILIES: dict[str, Callable[[str], type[Adapter]]] = {}
 
@@ -17,7 +17,7 @@ _FAMILIES: dict[str, Callable[[str], type[Adapter]]] = {}
 def register_adapter(kind: str) -> Callable[[AdapterClass], AdapterClass]:
     """Return a class decorator that registers an ``Adapter`` subclass under the name ``kind``.
 
-    Specs then use it like a built-in kind. See ``convpeft.adapters.base.Adapter`` for what the class says of itself.
+    Specs then use it like a built-in kind. ``convpeft.adapters.base.Adapter`` describes what the class must define.
 
     Raises:
         RegistrationError: if the name is taken by another class, or the class is not an ``Adapter``.
@@ -43,9 +43,8 @@ def register_adapter(kind: str) -> Callable[[AdapterClass], AdapterClass]:
             raise RegistrationError(f"{adapter!r} is not a subclass of convpeft.adapters.Adapter")
         family = next((prefix for prefix in _FAMILIES if kind.startswith(prefix)), None)
         if family is not None:
-            raise RegistrationError(
-                f"kinds named {family}... belong to the package {family.rstrip(':')}; call {kind!r} otherwise"
-            )
+            owner = family.rstrip(":")
+            raise RegistrationError(f"kinds named {family}... belong to the package {owner}; call {kind!r} otherwise")
         taken = _KINDS.get(kind)
         if kind == LEAVE or (taken is not None and taken.__qualname__ != adapter.__qualname__):
             raise RegistrationError(f"kind {kind!r} is taken by {taken.__qualname__ if taken else 'the spec language'}")
@@ -59,15 +58,15 @@ def register_adapter(kind: str) -> Callable[[AdapterClass], AdapterClass]:
 
 
 def register_family(prefix: str, lookup: Callable[[str], type[Adapter]]) -> None:
-    """Let every kind named ``<prefix><name>`` be the class that ``lookup(name)`` returns, found when first asked for."""
+    """Register a family of kinds: ``adapter_class("<prefix><name>")`` then returns ``lookup(name)``."""
     _FAMILIES[prefix] = lookup
 
 
 def adapter_kinds() -> tuple[str, ...]:
     """Return the names of all registered kinds, sorted.
 
-    The kinds ``peft:<method>`` are not among them: which there are depends on the installed peft, which is imported
-    only when one is asked for. ``convpeft.adapters.peft_kinds.kinds.peft_methods()`` imports it and lists them.
+    The kinds ``peft:<method>`` are not included: they depend on the installed peft, which is imported only when such a
+    kind is used. ``convpeft.adapters.peft_kinds.kinds.peft_methods()`` imports it and lists them.
 
     Example:
         >>> import convpeft
@@ -81,7 +80,7 @@ def adapter_class(kind: str) -> type[Adapter]:
     """Return the class registered as ``kind``.
 
     Raises:
-        UnknownKind: with the nearest registered names.
+        UnknownKind: if there is none; the text lists the nearest registered names.
     """
     if kind in _KINDS:
         return _KINDS[kind]

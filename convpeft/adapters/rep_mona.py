@@ -1,4 +1,4 @@
-"""Rep-MoNA: linear multi-scale depthwise branches in a low-rank detour, merged into plain convolutions.
+"""Rep-MoNA: a linear low-rank update with depthwise branches of several sizes, which merges into convolutions.
 
 It is MoNA (arXiv:2408.08345) made linear, in the spirit of structural re-parameterisation (RepVGG, arXiv:2101.03697).
 """
@@ -21,7 +21,7 @@ from .branches import Branch, is_traced, shared_rank, sum_of_kernels
 from .options import AdapterOptions, odd_kernels, positive, probability
 from .registry import register_adapter
 
-_DENSE = 16  # up to this width one dense convolution takes less time than a depthwise and a 1x1 one, measured
+_DENSE = 16  # up to this many channels one dense convolution is faster than a depthwise and a 1x1, measured
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class RepMonaOptions(AdapterOptions):
     """Options of ``rep_mona``.
 
     Attributes:
-        rank: r, the width of the detour. A grouped layer shares it out: ``max(1, rank // groups)`` for each group.
-        kernel_sizes: the depthwise branches, odd, in the host's own dilation.
-        branch_norm: a BatchNorm after each branch in training; its statistics belong to the adapter and fold away.
-        scale: where the learnable scalar s starts.
-        dropout: of the detour's input, in training.
+        rank: r, the hidden channels; a grouped layer gets ``max(1, rank // groups)`` per group.
+        kernel_sizes: kernel sizes of the depthwise branches, odd; they have the host's dilation.
+        branch_norm: add a BatchNorm after each branch; its statistics belong to the adapter and are folded in a merge.
+        scale: initial value of the learnable scalar s.
+        dropout: dropout probability on the update's input, in training.
     """
 
     rank: int = 16
@@ -43,7 +43,7 @@ class RepMonaOptions(AdapterOptions):
     dropout: float = 0.0
 
     def problems(self) -> Iterator[str]:
-        """Yield what is out of range."""
+        """Yield a sentence for each value that is out of range."""
         yield from positive(self, "rank")
         yield from probability(self, "dropout")
         yield from odd_kernels(self.kernel_sizes)
@@ -53,18 +53,19 @@ class RepMonaOptions(AdapterOptions):
 
 @register_adapter("rep_mona")
 class RepMona(Adapter):
-    """``f(x) = s * U( M(sum_k DW_k(D x)) + D x )``: D, M, U are 1x1, the DW_k depthwise, all linear.
+    """``f(x) = s * U( M(sum_k DW_k(D x)) + D x )`` with 1x1 D, M and U and depthwise DW_k; all of it is linear.
 
-    Beside a layer the branches run on the layer's own output grid (its stride, dilation and padding mode; kernels
-    centred on the same pixels), so the whole detour is one more kernel of that layer. On a module's output it is a
-    chain of three plain convolutions. D and DW carry no bias: a constant would not survive a zero-padded border.
-    U starts at zero, so ``f`` does.
+    Beside a layer the branches run on the layer's output grid (its stride, dilation and padding mode; kernels centred
+    on the same pixels), so the whole update equals one kernel that is added to the layer's. On a module's output it is
+    a chain of three plain convolutions. D and DW_k have no bias: D's would not be exact at a zero-padded border. U
+    starts at zero, so ``f`` does.
 
     Reference: MoNA, arXiv:2408.08345, eq. 2-4, without the nonlinearity and the input norm.
     """
 
     places = ("parallel", "output")
     Options = RepMonaOptions
+    image_parts = "depthwise branches"
 
     def __init__(self, site: Site, options: RepMonaOptions) -> None:
         super().__init__(site, options)
@@ -77,12 +78,11 @@ class RepMona(Adapter):
         inner = host.with_channels(rank, rank, groups=rank)
         self.centre = inner.resized((1, 1))
         self.down = nn.Parameter(torch.empty(self.down_geometry.weight_shape()))
-        self.branches: Any = nn.ModuleList(
-            Branch(inner.resized((k, k)), norm=options.branch_norm) for k in options.kernel_sizes
-        )
-        largest = inner.covering(*((k, k) for k in options.kernel_sizes))
-        alike = largest.kernel_size == (max(options.kernel_sizes),) * 2 and not host.shift_when_grown()
-        self.one_pass = largest if alike and not options.branch_norm else None
+        sizes = [(k, k) for k in options.kernel_sizes]
+        self.branches: Any = nn.ModuleList(Branch(inner.resized(size), norm=options.branch_norm) for size in sizes)
+        largest = inner.covering(*sizes)
+        same_centre = largest.kernel_size == max(sizes) and not host.shift_when_grown()
+        self.one_pass = largest if same_centre and not options.branch_norm else None
         is_small = self.one_pass is not None and groups == 1 and rank <= _DENSE
         self.dense = replace(largest, groups=1) if is_small else None
         self.form = "one kernel" if is_small else "one pass" if self.one_pass is not None else "branches"
@@ -93,20 +93,13 @@ class RepMona(Adapter):
         for weight in (self.down, self.mix):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
-    @classmethod
-    def refuses(cls, site: Site, options: RepMonaOptions) -> str | None:
-        """Refuse places without a map of pixels."""
-        if site.geometry.linear:
-            return "its depthwise branches need an image (N, C, H, W), and this layer's channels are the last axis"
-        return None
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the update, shaped like the host's output."""
         hidden = convolve_trained(self.down_geometry, self.dropout(x), self.down)
         return convolve_trained(self.up_geometry, self._mixed(hidden), self.up * self.scale)
 
     def _mixed(self, hidden: Tensor) -> Tensor:
-        """Return ``M(sum_k DW_k h) + h``: with one kernel, or one pass for all branches, where no norm is in between."""
+        """Return ``M(sum_k DW_k h) + h``; without norms, one kernel or one depthwise pass serves all branches."""
         if self.one_pass is None or is_traced(hidden):
             scales = reduce(torch.add, [branch(hidden) for branch in self.branches])
             return self.mix_geometry.convolve(scales, self.mix) + self.centre.sample(hidden)
@@ -119,9 +112,11 @@ class RepMona(Adapter):
         return self.dense.convolve(hidden, torch.addcmul(self._place(identity, size), self.mix, kernel.transpose(0, 1)))
 
     def chain(self, host: ConvKernel | None = None) -> Chain:
-        """Return D with every row twice, a depthwise convolution by ``sum_k DW_k`` and ``centre`` in turn, and U with M in it.
+        """Return three convolutions: D with every row twice, a depthwise one, and U with M folded in.
 
-        Twice the rows are cheaper than two filters for each channel, for which kernels of depthwise convolutions do not serve.
+        Of each pair of equal channels the depthwise step convolves one with ``sum_k DW_k`` and passes on the other's
+        centre pixel. Doubling the rows is faster than two filters per channel, which torch's depthwise kernels do not
+        cover.
         """
         grid = self.site.geometry
         size = grid.covering(*((k, k) for k in self.options.kernel_sizes)).kernel_size
@@ -137,10 +132,9 @@ class RepMona(Adapter):
         mixed = compose_pointwise(up, exact(self.mix), groups)
         factor = torch.stack([mixed, up], 2).flatten(1, 2) * exact(self.scale)
         inner = grid.with_channels(width, width, groups=width).resized(size)
+        doubled = exact(self.down).repeat_interleave(2, 0)
         return (
-            ConvKernel(
-                exact(self.down).repeat_interleave(2, 0), None, grid.pointwise(grid.in_channels, width, grid.groups)
-            ),
+            ConvKernel(doubled, None, grid.pointwise(grid.in_channels, width, grid.groups)),
             ConvKernel(depthwise, depthwise_bias if self.options.branch_norm else None, inner),
             ConvKernel(factor, None, grid.pointwise(width, grid.out_channels, groups)),
         )

@@ -1,4 +1,5 @@
-"""What a convolution is: its geometry as data, exact algebra on kernels, and how it runs with low-rank updates beside it.
+"""What a convolution is: its geometry as data, exact algebra on kernels, and running it with low-rank updates added.
 
-Tensors and plain data only; nothing here knows of adapters or models. Imports only ``errors``; every room may import it.
+This folder works on tensors and plain data and knows nothing of adapters or models. It imports only ``errors``; every
+other folder may import it.
 """

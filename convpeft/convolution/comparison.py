@@ -1,4 +1,4 @@
-"""Two results that should be the same, compared: by how much they differ, next to how large they are."""
+"""Compare two tensors that should be equal: their largest difference, relative to their largest value."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-TOLERANCE = 1e-12  # relative to the largest value, in float64: what rounding does to one layer
+TOLERANCE = 1e-12  # relative to the largest value, in float64: the rounding error of one layer
 
 
 class Difference(NamedTuple):
-    """How far two tensors are apart.
+    """The largest difference of two tensors, and how much of it rounding may explain.
 
     Attributes:
-        largest: absolute value of the expected tensor.
-        difference: the largest absolute one; infinite for different shapes.
-        allowed: for rounding.
+        largest: the largest absolute value of the expected tensor.
+        difference: the largest absolute difference; infinite for different shapes.
+        allowed: the largest difference that counts as rounding.
     """
 
     largest: float
@@ -24,7 +24,7 @@ class Difference(NamedTuple):
 
     @property
     def is_rounding(self) -> bool:
-        """Whether it is no more than rounding; never for values that are not finite."""
+        """Whether the difference is rounding only; False when a value is not finite."""
         return self.difference <= self.allowed
 
     def __str__(self) -> str:
@@ -34,12 +34,12 @@ class Difference(NamedTuple):
 
 
 def compare(expected: Tensor, got: Tensor, tolerance: float = TOLERANCE) -> Difference:
-    """Return how far ``got`` is from ``expected``.
+    """Return the ``Difference`` between ``expected`` and ``got``.
 
     Args:
         expected: any shape, in float64.
-        got: to be the same.
-        tolerance: allowed, relative to the largest expected value.
+        got: the tensor to compare; same shape and dtype.
+        tolerance: the allowed difference, relative to the largest absolute value of ``expected``.
 
     Example:
         >>> import torch
@@ -49,4 +49,5 @@ def compare(expected: Tensor, got: Tensor, tolerance: float = TOLERANCE) -> Diff
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     if expected.shape != got.shape:
         return Difference(largest, float("inf"), tolerance * largest)
-    return Difference(largest, float((expected - got).abs().max()) if expected.numel() else 0.0, tolerance * largest)
+    difference = float((expected - got).abs().max()) if expected.numel() else 0.0
+    return Difference(largest, difference, tolerance * largest)

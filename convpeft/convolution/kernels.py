@@ -1,6 +1,6 @@
-"""Tensors in, tensors out: the algebra that folds linear branches into one convolution.
+"""Exact algebra on convolution kernels: compose, embed, balance and add them, tensors in, tensors out.
 
-Everything here is exact linear algebra on float64 kernels; the caller casts once, at the end.
+The kernels are float64; the caller casts the result once, at the end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .geometry import ConvGeometry, Pair
 
 @dataclass(frozen=True)
 class ConvKernel:
-    """A convolution as data: weight ``(out, in_per_group, kh, kw)``, bias ``(out,)`` or None, and geometry."""
+    """A convolution as data: weight ``(out, in_per_group, kh, kw)``, bias ``(out,)`` or None, and its geometry."""
 
     weight: Tensor
     bias: Tensor | None
@@ -29,7 +29,7 @@ class ConvKernel:
             raise ShapeMismatch(f"weight {tuple(self.weight.shape)} for a geometry of {self.geometry.weight_shape()}")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the convolution of ``x``, in ``x``'s dtype."""
+        """Return the convolution of ``x``, in the dtype of ``x``."""
         bias = None if self.bias is None else self.bias.to(x)
         return self.geometry.convolve(x, self.weight.to(x), bias)
 
@@ -68,8 +68,8 @@ def compose_pointwise(outer: Tensor, inner: Tensor, groups: int = 1) -> Tensor:
 def compose_depthwise(depthwise: Tensor, pointwise: Tensor) -> Tensor:
     """Return the one kernel equal to running a bias-free 1x1 ``pointwise``, then a ``depthwise`` on its channels.
 
-    A 1x1 maps the padding of its input to the same padding of its output (zeros to zeros, a mirror image to a mirror
-    image), so the border is exact too; a bias in between would not be, which is why there is none.
+    A 1x1 without bias maps padded pixels of its input to padded pixels of its output (zeros to zeros, a reflection to
+    the same reflection), so the border is exact too. With a bias it would not be.
 
     Args:
         depthwise: shape ``(rank * multiplier, 1, kh, kw)``; channel ``r`` makes outputs ``r * multiplier ...``.
@@ -90,15 +90,15 @@ def compose_depthwise(depthwise: Tensor, pointwise: Tensor) -> Tensor:
 
 
 def embed_on_grid(kernel: Tensor, host_size: Pair, size: Pair) -> Tensor:
-    """Return ``kernel`` inside a larger one of zeros, over the pixels ``ConvGeometry.resized`` gave it.
+    """Return ``kernel`` zero-padded to ``size``, over the same pixels as ``ConvGeometry.resized`` places it.
 
-    The larger kernel is a host's, grown evenly on each side; the smaller one is centred on the host's. Exact for every
-    padding mode, as long as the padding grows by the same taps.
+    The larger kernel is the host's, grown evenly on each side; the smaller one is centred on the host's. This is exact
+    for every padding mode, as long as the padding grows by the same number of taps.
 
     Args:
         kernel: shape ``(out, in_per_group, kh, kw)``.
-        host_size: the host's own kernel size, the one ``size`` grew from.
-        size: of the result, ``host_size`` plus an even number on each axis.
+        host_size: the host's own kernel size.
+        size: kernel size of the result: ``host_size`` plus an even number on each axis.
 
     Raises:
         ShapeMismatch: if the kernel does not fit.
@@ -119,10 +119,10 @@ def embed_on_grid(kernel: Tensor, host_size: Pair, size: Pair) -> Tensor:
 
 
 def compose(chain: Chain) -> ConvKernel:
-    """Return the one convolution equal to running the steps of ``chain`` in turn.
+    """Return the one convolution equal to running the steps of ``chain`` one after the other.
 
-    At most one step may be spatial: 1x1 steps after it fold in always, bias-free 1x1 steps before it when it is
-    depthwise.
+    At most one step may be spatial. 1x1 steps after it can always be folded in; 1x1 steps before it only when they have
+    no bias and it is depthwise.
 
     Raises:
         GeometryError: if two steps have no exact composition.
@@ -139,25 +139,23 @@ def _compose_pair(first: ConvKernel, second: ConvKernel) -> ConvKernel:
         weight = compose_pointwise(second.weight, first.weight, groups)
         bias = second.bias
         if first.bias is not None:
-            carried = compose_pointwise(second.weight, first.bias.reshape(-1, 1, 1, 1), groups).flatten()
-            bias = carried if bias is None else carried + bias
+            mapped = compose_pointwise(second.weight, first.bias.reshape(-1, 1, 1, 1), groups).flatten()
+            bias = mapped if bias is None else mapped + bias
         geometry = first.geometry.with_channels(first.geometry.in_channels, second.geometry.out_channels)
         return ConvKernel(weight, bias, geometry)
     depthwise = second.geometry.in_per_group == 1 and second.geometry.groups == first.geometry.out_channels
     if first.geometry.is_pointwise and depthwise and first.bias is None:
         weight = compose_depthwise(second.weight, first.weight)
-        geometry = second.geometry.with_channels(
-            first.geometry.in_channels, second.geometry.out_channels, first.geometry.groups
-        )
-        return ConvKernel(weight, second.bias, geometry)
+        channels = first.geometry.in_channels, second.geometry.out_channels, first.geometry.groups
+        return ConvKernel(weight, second.bias, second.geometry.with_channels(*channels))
     raise GeometryError(f"no exact composition of {first.geometry} followed by {second.geometry}")
 
 
 def balanced(chain: Chain) -> Chain:
-    """Return the same chain with the sizes of its weights evened out by powers of two, which is exact.
+    """Return an equal chain whose weights have similar magnitudes: each is scaled by a power of two, which is exact.
 
-    Factors such as ``(1000 D)`` and ``(U / 1000)`` are one adapter like ``D`` and ``U``, and end in overflows and subnormal numbers
-    when cast to half precision.
+    ``1000 D`` followed by ``U / 1000`` equals ``D`` followed by ``U``, but would overflow or become subnormal when cast
+    to half precision.
 
     Example:
         >>> import torch
@@ -167,15 +165,15 @@ def balanced(chain: Chain) -> Chain:
         [1.0, 1.0]
     """
     largest = [float(step.weight.abs().max()) for step in chain]
-    if not all(0 < size < math.inf for size in largest):
+    if not all(0 < value < math.inf for value in largest):
         return chain
     mean = sum(map(math.log2, largest)) / len(largest)
-    exponents = [round(mean - math.log2(size)) for size in largest[:-1]]
+    exponents = [round(mean - math.log2(value)) for value in largest[:-1]]
     exponents.append(-sum(exponents))
-    steps, so_far = [], 0
+    steps, total = [], 0
     for step, exponent in zip(chain, exponents, strict=True):
-        so_far += exponent
-        bias = None if step.bias is None else step.bias * 2.0**so_far
+        total += exponent
+        bias = None if step.bias is None else step.bias * 2.0**total
         steps.append(replace(step, weight=step.weight * 2.0**exponent, bias=bias))
     return tuple(steps)
 
@@ -184,14 +182,14 @@ def add_kernels(host: ConvKernel, extra: Sequence[ConvKernel]) -> ConvKernel:
     """Return the one convolution equal to the sum of ``host`` and every ``extra``, on the host's output grid.
 
     Raises:
-        GeometryError: if a larger kernel would look at other pixels than the host's does.
+        GeometryError: if a larger kernel would be centred on other pixels than the host's.
     """
     geometry = host.geometry.covering(*(kernel.geometry.kernel_size for kernel in extra))
     shift = host.geometry.shift_when_grown()
     if shift and geometry.kernel_size != host.geometry.kernel_size:
         raise GeometryError(shift)
-    if geometry.dynamic_kernel is not None:
-        geometry = _redynamic(geometry)
+    if geometry.dynamic_kernel is not None:  # TF-style padding is computed from the kernel size, now the grown one
+        geometry = replace(geometry, dynamic_kernel=geometry.kernel_size, padding=(0, 0, 0, 0))
     host_size = host.geometry.kernel_size
     weight = embed_on_grid(host.weight, host_size, geometry.kernel_size)
     bias = host.bias
@@ -200,8 +198,3 @@ def add_kernels(host: ConvKernel, extra: Sequence[ConvKernel]) -> ConvKernel:
         if kernel.bias is not None:
             bias = kernel.bias if bias is None else bias + kernel.bias
     return ConvKernel(weight, bias, geometry)
-
-
-def _redynamic(geometry: ConvGeometry) -> ConvGeometry:
-    """TF-style padding of the grown kernel is worked out from the grown kernel itself."""
-    return replace(geometry, dynamic_kernel=geometry.kernel_size, padding=(0, 0, 0, 0))

@@ -1,4 +1,4 @@
-"""Low-rank updates beside a convolution: the forms that compute them, and which one costs least."""
+"""Low-rank updates added to a convolution: the forms that compute them, their gradients, and the cheapest form."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import ConvGeometry
+from .geometry import ConvGeometry, Pair, padding_sides
 from .kernels import compose_pointwise
 
 UpdateForm = Literal["separate", "summed", "weight"]
 
-Pair = tuple[int, int]
+_LANES = 16  # channels a convolution kernel processes at a time: a smaller rank costs as much as this one
 
-_LANES = 16  # channels that kernels work on at a time: fewer cost as much
+_SMALL = 1.5  # cost of a multiply-accumulate in a small convolution relative to a large one (docs/decisions/0011)
 
-_SMALL = 1.5  # how much dearer a multiply-accumulate of a small convolution is, measured (docs/decisions/0011)
-
-_MANY = 2  # pixels for each output channel from which on a sum of kernels is cheaper than a sum of maps, measured
+_MANY = 2  # pixels per output channel above which adding kernels is cheaper than adding maps, measured
 
 
 class ConvArgs(NamedTuple):
-    """The settings of a zero-padded convolution, in the order of ``torch.nn.functional.conv2d``."""
+    """The settings of a zero-padded convolution, in the argument order of ``torch.nn.functional.conv2d``."""
 
     stride: Pair
     padding: Pair
@@ -33,18 +31,13 @@ class ConvArgs(NamedTuple):
 
     @classmethod
     def of(cls, layer: Any) -> ConvArgs | None:
-        """Return the settings of a ``Conv2d``; None for padding that differs between two sides."""
-        padding = layer.padding
-        if isinstance(padding, str):
-            total = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
-            if padding == "same" and any(side % 2 for side in total):
-                return None
-            padding = (total[0] // 2, total[1] // 2) if padding == "same" else (0, 0)
-        return cls(layer.stride, padding, layer.dilation, layer.groups)
+        """Return the settings of a ``Conv2d``, or None if its padding differs between two opposite sides."""
+        top, bottom, left, right = padding_sides(layer.padding, layer.kernel_size, layer.dilation)
+        return cls(layer.stride, (top, left), layer.dilation, layer.groups) if top == bottom and left == right else None
 
     @classmethod
     def of_geometry(cls, geometry: ConvGeometry) -> ConvArgs | None:
-        """Return the settings of a geometry; None where ``conv2d`` cannot express it."""
+        """Return the settings of a geometry, or None if ``conv2d`` cannot express it."""
         top, bottom, left, right = geometry.padding
         plain = geometry.padding_mode == "zeros" and top == bottom >= 0 and left == right >= 0
         if not plain or geometry.transposed or geometry.linear or geometry.dynamic_kernel is not None:
@@ -52,15 +45,13 @@ class ConvArgs(NamedTuple):
         return cls(geometry.stride, (top, left), geometry.dilation, geometry.groups)
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> tuple[Any, Any]:
-        """Return the gradients of the input and of the weight, or None for the ones not wanted."""
-        mask = [*wanted, False]
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, self.stride, self.padding, self.dilation, False, [0, 0], self.groups, mask
-        )
+        """Return the gradients of the input and of the weight; None for one that is not wanted."""
+        settings = (self.stride, self.padding, self.dilation, False, [0, 0], self.groups)
+        dx, dw, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *settings, [*wanted, False])
         return dx, dw
 
     def input_gradient(self, grad: Tensor, blank: Tensor, weight: Tensor) -> Tensor:
-        """Return the gradient of an input of which only the shape is known (``blank``)."""
+        """Return the gradient of the input, of which only the shape is needed (``blank``)."""
         return self.backward(grad, blank, weight, (True, False))[0]
 
 
@@ -68,12 +59,12 @@ _POINTWISE = ConvArgs((1, 1), (0, 0), (1, 1), 1)
 
 
 class Factors(NamedTuple):
-    """One low-rank update, or several as one: ``B(A x)``, A on the host's own kernel, B 1x1 with any scale in it.
+    """The two factors of a low-rank update ``B(A x)``: A has the host's kernel size, B is 1x1 and includes any scale.
 
     Attributes:
         down: A, shape ``(rank, in_per_group, kh, kw)``.
         up: B, shape ``(out, rank_per_group, 1, 1)``.
-        form: to compute it in, in training mode.
+        form: how to compute the update in training mode.
     """
 
     down: Tensor
@@ -81,14 +72,14 @@ class Factors(NamedTuple):
     form: UpdateForm
 
     def require_grad(self) -> bool:
-        """Return whether either of them trains."""
+        """Return whether A or B requires a gradient."""
         return self.down.requires_grad or self.up.requires_grad
 
     def form_for(self, x: Tensor, weight: Tensor, training: bool) -> UpdateForm:
-        """Return the form for this input, the same with gradients and without, so that the bits are the same.
+        """Return the form to compute the update of ``x`` in; it does not depend on gradients, so neither do the bits.
 
-        Half precision would round a small update away in the sum with the weight, so it stays apart there, and where there
-        are few pixels the sum is the dearer one. In eval mode nobody's choice counts but the cost.
+        Half precision always takes ``separate``: in the sum with the weight a small update would be rounded away. So
+        do inputs with few pixels, for which adding the kernels costs more. In eval mode only the cost decides.
         """
         if x.dtype not in (torch.float32, torch.float64):
             return "separate"
@@ -100,7 +91,7 @@ class Factors(NamedTuple):
 
 
 def stacked(factors: list[Factors]) -> Factors:
-    """Return several updates of an ungrouped convolution as one of their ranks' sum."""
+    """Return several updates of an ungrouped convolution as one, whose rank is the sum of theirs."""
     if len(factors) == 1:
         return factors[0]
     down = torch.cat([factor.down for factor in factors], 0)
@@ -109,11 +100,11 @@ def stacked(factors: list[Factors]) -> Factors:
 
 
 def cheapest(host: ConvGeometry, rank: int) -> UpdateForm:
-    """Return the form that costs a training step less on a large map.
+    """Return the form, ``weight`` or ``summed``, with the cheaper training step on a large map.
 
-    Counted in multiply-accumulates for one output position, beyond what the frozen layer costs anyway. ``weight`` needs the
-    gradient of a whole kernel, once; ``summed`` runs both factors twice, where a rank below the number of lanes costs as
-    much as that number.
+    The cost is counted in multiply-accumulates per output position, on top of the frozen layer's own. ``weight``
+    computes the gradient of the whole kernel once; ``summed`` runs both factors twice, their rank rounded up to a
+    multiple of ``_LANES``.
     """
     taps = host.in_per_group * host.kernel_size[0] * host.kernel_size[1]
     lanes = -(-rank // _LANES) * _LANES
@@ -121,22 +112,18 @@ def cheapest(host: ConvGeometry, rank: int) -> UpdateForm:
     return "weight" if host.out_channels * taps <= _SMALL * factors else "summed"
 
 
-def product(down: Tensor, up: Tensor, groups: int) -> Tensor:
-    """Return the one kernel of both factors."""
-    return compose_pointwise(up, down, groups)
-
-
 def whole_kernel(weight: Tensor, down: Tensor, up: Tensor, groups: int) -> Tensor:
-    """Return the layer's kernel with the product of both factors added, in one pass over it where that can be."""
+    """Return ``W + B A``, in one pass over W if W is contiguous and has no groups."""
     if groups > 1 or not weight.is_contiguous():
-        return weight + product(down, up, groups)
+        return weight + compose_pointwise(up, down, groups)
     return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1)).view(weight.shape)
 
 
 def add_pointwise(output: Tensor, hidden: Tensor, up: Tensor, groups: int) -> Tensor:
-    """Return ``output`` with a 1x1 convolution of ``hidden`` added, within the product where that can be.
+    """Return ``output`` plus the 1x1 convolution of ``hidden`` with ``up``.
 
-    Without a graph that is in place: a node's output must not be a view, and no pass over the map is wasted.
+    If the maps are contiguous and there are no groups, the matrix product adds them. Without gradients it writes to
+    ``output`` in place, which saves a pass over the map and returns no view, as an autograd node requires.
     """
     if groups > 1 or not (output.is_contiguous() and hidden.is_contiguous() and output.numel()):
         return output + F.conv2d(hidden, up, None, groups=groups)
@@ -149,24 +136,22 @@ def add_pointwise(output: Tensor, hidden: Tensor, up: Tensor, groups: int) -> Te
 
 
 def factor_gradients(
-    grad: Tensor,
-    kept: Tensor,
-    remake: Callable[[Tensor], Tensor] | None,
-    weight: Tensor,
-    down: Tensor,
-    up: Tensor,
-    hidden: Tensor | None,
-    conv: ConvArgs,
-    form: str,
-    *,
-    needs_input: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the gradients of the input, of A and of B; the input is what ``remake``, if any, makes of the tensor kept."""
-    if form == "summed":  # an input made again is let go of before its gradient, which then takes its place in memory
-        d_down, d_up = _detour_gradients(grad, kept if remake is None else remake(kept), down, up, conv)
-        dx = conv.input_gradient(grad, kept, whole_kernel(weight, down, up, conv.groups)) if needs_input else None
+    grad: Tensor, saved: Tensor, remake: Callable[[Tensor], Tensor] | None, weight: Tensor, down: Tensor, up: Tensor,
+    hidden: Tensor | None, conv: ConvArgs, form: str, *, needs_input: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of the input (None unless ``needs_input``), of A (``down``) and of B (``up``).
+
+    Args:
+        saved: the tensor saved for backward: the input itself, or what ``remake`` recomputes the input from.
+        remake: recomputes the input from ``saved``; None if ``saved`` is the input.
+        hidden: ``A x``, which only the form ``separate`` saves.
+        form: the one that was used in forward.
+    """
+    if form == "summed":  # a recomputed input is freed before its gradient is allocated, to lower the memory peak
+        d_down, d_up = _summed_gradients(grad, saved if remake is None else remake(saved), down, up, conv)
+        dx = conv.input_gradient(grad, saved, whole_kernel(weight, down, up, conv.groups)) if needs_input else None
         return dx, d_down, d_up
-    x = kept if remake is None else remake(kept)
+    x = saved if remake is None else remake(saved)
     if form == "weight":
         return _through_weight(grad, x, weight, down, up, conv, needs_input)
     assert hidden is not None
@@ -177,25 +162,25 @@ def factor_gradients(
     if _is_matrix_product(conv, d_hidden, x, down) and dx.is_contiguous():
         dx.view(*dx.shape[:2], -1).baddbmm_(_over_batch(down.flatten(1).t(), dx.shape[0]), d_hidden.flatten(2))
         return dx, _down_gradient(d_hidden, x, down, conv), d_up
-    d_detour, d_down = conv.backward(d_hidden, x, down, (True, True))
-    return dx.add_(d_detour), d_down, d_up
+    dx_update, d_down = conv.backward(d_hidden, x, down, (True, True))
+    return dx.add_(dx_update), d_down, d_up
 
 
-def detour(x: Tensor, down: Tensor, conv: ConvArgs) -> Tensor:
-    """Return the convolution ``A x``, as a matrix product where it is one."""
-    if not _is_matrix_product(conv, x, x, down):
-        return F.conv2d(x, down, None, *conv)
-    return torch.bmm(_over_batch(down.flatten(1), x.shape[0]), x.flatten(2)).view(x.shape[0], -1, *x.shape[2:])
+def conv_or_matmul(x: Tensor, weight: Tensor, conv: ConvArgs) -> Tensor:
+    """Return the convolution of ``x``, as a matrix product if it is pointwise and ``x`` contiguous."""
+    if not _is_matrix_product(conv, x, x, weight):
+        return F.conv2d(x, weight, None, *conv)
+    return torch.bmm(_over_batch(weight.flatten(1), x.shape[0]), x.flatten(2)).view(x.shape[0], -1, *x.shape[2:])
 
 
-def _is_matrix_product(conv: ConvArgs, d_hidden: Tensor, x: Tensor, down: Tensor) -> bool:
-    """Whether A is a matrix beside maps that lie in memory as a product needs them."""
-    pointwise = conv == _POINTWISE and down.shape[2:] == (1, 1)
-    return pointwise and d_hidden.is_contiguous() and x.is_contiguous() and x.numel() > 0
+def _is_matrix_product(conv: ConvArgs, y: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """Return whether ``y = conv(x)`` is a matrix product: pointwise, both maps contiguous and not empty."""
+    pointwise = conv == _POINTWISE and weight.shape[2:] == (1, 1)
+    return pointwise and y.is_contiguous() and x.is_contiguous() and x.numel() > 0
 
 
 def both_gradients(grad: Tensor, x: Tensor, weight: Tensor, conv: ConvArgs) -> tuple[Tensor, Tensor]:
-    """Return the gradients of a convolution's input and weight, by matrix products where it is one."""
+    """Return the gradients of a convolution's input and weight, by matrix products if it is one."""
     if not _is_matrix_product(conv, grad, x, weight):
         return conv.backward(grad, x, weight, (True, True))
     flat, count = grad.flatten(2), grad.shape[0]
@@ -209,9 +194,9 @@ def _down_gradient(d_hidden: Tensor, x: Tensor, down: Tensor, conv: ConvArgs) ->
     return torch.bmm(d_hidden.flatten(2), x.flatten(2).transpose(1, 2)).sum(0).view(down.shape)
 
 
-def _detour_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, conv: ConvArgs) -> tuple[Tensor, Tensor]:
-    """Return the gradients of A and of B by way of A's output, which is made for them."""
-    hidden = detour(x, down, conv)
+def _summed_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, conv: ConvArgs) -> tuple[Tensor, Tensor]:
+    """Return the gradients of A and of B by way of ``A x``, which is recomputed here."""
+    hidden = conv_or_matmul(x, down, conv)
     d_hidden, d_up = both_gradients(grad, hidden, up, _POINTWISE._replace(groups=conv.groups))
     return _down_gradient(d_hidden, x, down, conv), d_up
 
@@ -219,7 +204,7 @@ def _detour_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, conv: C
 def _through_weight(
     grad: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, conv: ConvArgs, needs_input: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the gradients by way of the whole kernel's: ``dA = B' dW``, ``dB = dW A'``."""
+    """Return the gradients of the input, A and B by way of the whole kernel's: ``dA = B' dW``, ``dB = dW A'``."""
     dx, d_weight = conv.backward(grad, x, whole_kernel(weight, down, up, conv.groups), (needs_input, True))
     per_group = (conv.groups, -1)
     d_kernel = d_weight.flatten(1).unflatten(0, per_group)

@@ -1,4 +1,4 @@
-"""What need not be kept for backward, because a few elementwise operations make it again from what is kept already."""
+"""Find inputs that need not be saved for backward: they are recomputed from what the activation before saved."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  
 
 
 class Origin(NamedTuple):
-    """How to make a tensor again.
+    """How to recompute a tensor.
 
     Attributes:
-        source: what autograd keeps anyway.
-        remake: gives the tensor, bit for bit.
+        source: a tensor that autograd saves anyway.
+        remake: recomputes the tensor from ``source``, bit for bit.
     """
 
     source: Tensor
@@ -39,7 +39,7 @@ def _clamped(node: Any) -> Callable[[Tensor], Tensor]:
     return lambda source: F.hardtanh(source, low, high)
 
 
-# activations whose node keeps its input; those that keep their output (ReLU, Sigmoid) share it with the next layer
+# activations whose node saves its input; those that save their output (ReLU, Sigmoid) share it with the next layer
 _ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
     "SiluBackward0": lambda node: F.silu,
     "HardswishBackward0": lambda node: F.hardswish,
@@ -51,35 +51,32 @@ _ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
 
 
 def origin_of(x: Tensor) -> Origin | None:
-    """Return how to make ``x`` again from what its activation keeps, or None where it must be kept itself.
+    """Return how to recompute ``x`` from what its activation saved, or None if ``x`` itself must be saved.
 
-    The graph tells: the node that made ``x`` is the activation's and holds that one's input. Nothing is asked of the
-    activation module, so functional ones and shared ones are found as well. None as well for a tensor that was written
-    to since, and while a checkpoint records (looking at what a node keeps would make it compute anew).
+    The activation is found by the autograd node that made ``x``, which holds its input; so functional and shared
+    activations are found too. None is returned as well for a tensor that was modified in place since, and inside
+    ``torch.utils.checkpoint``, where reading a node's saved tensor would trigger the recomputation.
     """
     node = x.grad_fn
     if node is None or x._is_view():
         return None
     activation = _ACTIVATIONS.get(type(node).__name__)
-    if activation is None or not _may_look():
+    if activation is None or not _can_read_saved():
         return None
     try:
         source: Tensor = node._saved_self  # type: ignore[attr-defined]
-    except RuntimeError:  # written to since
+    except RuntimeError:  # modified in place since
         return None
-    own = (
-        1 if type(source.grad_fn).__name__ == "CloneBackward0" else 0
-    )  # an activation in place kept a copy of its input
-    if x._version > own or source.shape != x.shape:
+    # an in-place activation saves a clone of its input, and counts as one modification itself
+    expected = 1 if type(source.grad_fn).__name__ == "CloneBackward0" else 0
+    if x._version > expected or source.shape != x.shape:
         return None
     return Origin(source, activation(node))
 
 
-def _may_look() -> bool:
-    """Whether a node may be asked for what it keeps without setting off somebody's hooks for saved tensors."""
+def _can_read_saved() -> bool:
+    """Return whether saved tensors can be read without running hooks of checkpoints or ``torch.autograd.graph``."""
     if _HOOKS is None:
         return False
-    hooks = _HOOKS(False)
-    return hooks is None or not any(
-        getattr(hook, "__module__", "") in ("torch.utils.checkpoint", "torch.autograd.graph") for hook in hooks
-    )
+    hooked = ("torch.utils.checkpoint", "torch.autograd.graph")
+    return not any(getattr(hook, "__module__", "") in hooked for hook in _HOOKS(False) or ())

@@ -1,11 +1,11 @@
-"""The methods of the package peft as kinds ``peft:<method>``; peft is imported when the first of them is asked for."""
+"""The methods of the package peft as kinds ``peft:<method>``; peft is imported when such a kind is first used."""
 
 from ..base import Adapter
 from ..registry import register_family
 
 
 def register() -> None:
-    """Register the family ``peft:``."""
+    """Register the family of kinds ``peft:<method>``."""
     register_family("peft:", _look_up)
 
 

@@ -1,10 +1,10 @@
 """The methods of the installed ``peft`` as adapter kinds: ``peft:loha``, ``peft:lokr``, ``peft:oft``, ``peft:hra``, ...
 
-Each is read as what it is, a change of the layer's weight: peft's own layer holds the parameters, convpeft takes the
-changed weight from it and runs it with the layer's whole geometry, which peft's layers do not all keep. A method that
-is not what it says on a layer of some shape is refused there, see ``peft_probe``.
+A method is used as a change of the layer's weight: peft's own layer holds the parameters, and convpeft convolves with
+the changed weight in the layer's own geometry, which not all peft layers keep. ``probe`` tries a method on each layer
+shape; where it does not compute what it claims, the shape is refused.
 
-This module is imported, and peft with it, when a kind ``peft:<method>`` is first asked for.
+This module, and with it peft, is imported when a kind ``peft:<method>`` is first used.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ..options import AdapterOptions, probability
 from .layers import Change, build_layer, change_of, peft_config, peft_types
 from .probe import probe
 
-_MOST = 2**16  # of any whole number among the options: a file must not ask for more memory than a layer can need
+_MOST = 2**16  # of any int option: a file must not make a layer allocate more memory than it can need
 
-_NOT_OURS = {  # fields of a peft configuration that choose layers or say what convpeft does otherwise
+_NOT_OPTIONS = {  # fields of a peft configuration that select layers, or that convpeft handles itself
     "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "feedforward_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "revision",
-    "runtime_config", "target_modules", "task_type",
+    "inference_mode", "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version",
+    "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 
 _PLAIN = (int, float, bool, str, type(None))
@@ -42,27 +42,27 @@ _PLAIN = (int, float, bool, str, type(None))
 
 @dataclass(frozen=True)
 class PeftOptions(AdapterOptions):
-    """Options of every ``peft:`` kind; the method's own are peft's, under peft's names.
+    """Options of every ``peft:`` kind; a method adds the fields of peft's configuration, under peft's names.
 
     Attributes:
-        dropout: of the update's input, in training. It stands for peft's own dropout options, which are not offered:
-            they act inside peft's forward, which does not run here.
+        dropout: dropout probability on the update's input, in training. It replaces peft's own dropout options, which
+            act in peft's forward and would have no effect here.
     """
 
     dropout: float = 0.0
 
     @property
     def method(self) -> str:
-        """The method's name, in lower case."""
+        """The name of the peft method, in lower case."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """Return what is handed to peft's configuration."""
+        """Return the arguments of peft's configuration."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if name != "dropout"}
 
     def problems(self) -> Iterator[str]:
-        """Yield what is out of range, in convpeft's words and then in peft's."""
+        """Yield a sentence for each value that is out of range; peft checks its own last."""
         yield from probability(self, "dropout")
         large = [name for name, value in self.settings().items() if isinstance(value, int) and value > _MOST]
         yield from (f"{name} must be at most {_MOST:,}, not {getattr(self, name):,}" for name in large)
@@ -81,11 +81,11 @@ class PeftOptions(AdapterOptions):
 
 
 class PeftAdapter(Adapter):
-    """``f(x) = conv(x, W' - W, b' - b)``, with ``W', b'`` what the peft method makes of the layer's weight and bias.
+    """``f(x) = conv(x, W' - W, b' - b)``: the peft method changes the layer's weight W to W' and its bias b to b'.
 
-    The convolution has the layer's own stride, padding, padding mode, dilation and groups, whatever peft's layer would
-    do with them, and merges exactly. Only the method's parameters and buffers are the adapter's; the layer's weight is
-    lent to it for each call. The price is a kernel of the layer's full size: one more pass like the layer's own.
+    The convolution has the layer's own stride, padding, padding mode, dilation and groups, even where peft's layer
+    drops them, and merges exactly. The adapter holds the method's parameters and buffers only; the layer's weight is
+    passed for one call, not stored. Its cost is a second convolution as large as the layer's own.
     """
 
     places = ("parallel",)
@@ -99,8 +99,8 @@ class PeftAdapter(Adapter):
 
     @classmethod
     def refuses(cls, site: Site, options: PeftOptions) -> str | None:
-        """Try the method on a layer of this shape, and return what was seen if it is not what it should be."""
-        return probe(cls.method, _settings_key(options), _shape_of(site.geometry))
+        """Return why the method cannot be used on a layer of this shape, found by trying it (see ``probe``)."""
+        return probe(cls.method, tuple(options.settings().items()), _plain_shape(site.geometry))
 
     def forward(self, x: Tensor, host: Host | None = None) -> Tensor:
         """Return the update, shaped like the host's output."""
@@ -113,7 +113,7 @@ class PeftAdapter(Adapter):
         return change_of(self.method, self.layer, weight, bias)
 
     def chain(self, host: ConvKernel | None = None) -> Chain:
-        """Return ``W' - W`` and ``b' - b``, worked out in float64 throughout."""
+        """Return ``W' - W`` and ``b' - b``, computed in float64 throughout."""
         if host is None:
             raise NotMergeable("a peft kind has no kernel of its own: it depends on the layer's weight, chain(host)")
         weight = host.weight.flatten(1) if host.geometry.linear else host.weight
@@ -123,18 +123,18 @@ class PeftAdapter(Adapter):
         return (ConvKernel(change.weight.reshape(host.geometry.weight_shape()), change.bias, host.geometry),)
 
     def no_decay(self) -> set[str]:
-        """Add the multiplicative scales of IA3 and BOFT to norms and biases: decay would pull them to 0, not to 1."""
+        """Return norms, biases and the multiplicative scales of IA3 and BOFT, which decay would pull to 0, not to 1."""
         scales = {name for name, _ in self.named_parameters() if "ia3_l" in name or "boft_s" in name}
         return super().no_decay() | scales
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (self.method,), self.__dict__
+        return _uninitialised, (self.method,), self.__dict__
 
 
 def peft_methods() -> tuple[str, ...]:
-    """Return the names of the installed peft's methods that have layers, as kinds ``peft:<method>`` take them.
+    """Return the methods of the installed peft that wrap layers: the names after ``peft:``, sorted.
 
-    Not all of them serve convolutions or linear layers; those that do not say so at plan time.
+    Those that support neither convolutions nor linear layers are refused at plan time.
 
     Example:
         >>> {"loha", "lokr", "oft", "hra"} <= set(peft_methods())
@@ -170,14 +170,14 @@ def peft_adapter(method: str) -> type[Adapter]:
 
 @cache
 def _options_class(method: str) -> type[PeftOptions]:
-    """Return the options of a method: the plain fields of peft's configuration, with peft's defaults."""
+    """Return a method's options class: the plain fields of peft's configuration, with peft's defaults."""
     config = peft_types()[method]
     hints = typing.get_type_hints(config)
     own: list[Any] = []
     for field in dataclasses.fields(config):
         hint = hints[field.name]
         plain = field.init and field.default is not dataclasses.MISSING and _is_plain(hint)
-        if plain and field.name not in _NOT_OURS and "dropout" not in field.name:
+        if plain and field.name not in _NOT_OPTIONS and "dropout" not in field.name:
             fits = hint if field.default is not None else typing.Optional[hint]  # noqa: UP045  # hint may be a Union
             own.append((field.name, fits, dataclasses.field(default=field.default)))
     name = f"Peft{method.title().replace('_', '')}Options"
@@ -185,7 +185,7 @@ def _options_class(method: str) -> type[PeftOptions]:
 
 
 def _is_plain(hint: Any) -> bool:
-    """Whether a type can stand in a spec file: a number, a text, a choice of such."""
+    """Return whether a spec file can hold values of this type: numbers, texts, or a choice of them."""
     origin = typing.get_origin(hint)
     if origin is Literal:
         return True
@@ -198,21 +198,13 @@ def _options_of(method: str, values: dict[str, Any]) -> PeftOptions:
     return _options_class(method)(**values)
 
 
-def _blank(method: str) -> Adapter:
+def _uninitialised(method: str) -> Adapter:
+    """Return an adapter without attributes, for unpickling."""
     kind = peft_adapter(method)
     return kind.__new__(kind)
 
 
-def _settings_key(options: PeftOptions) -> tuple[tuple[str, Any], ...]:
-    return tuple(options.settings().items())
-
-
-def _shape_of(geometry: ConvGeometry) -> ConvGeometry:
-    """Return the plain layer of a geometry's channels, groups and kernel: what a method's parameters depend on."""
-    return ConvGeometry(
-        geometry.in_channels,
-        geometry.out_channels,
-        geometry.kernel_size,
-        groups=geometry.groups,
-        linear=geometry.linear,
-    )
+def _plain_shape(geometry: ConvGeometry) -> ConvGeometry:
+    """Return a geometry with only the channels, groups and kernel size: a method's parameters depend on no more."""
+    channels = geometry.in_channels, geometry.out_channels
+    return ConvGeometry(*channels, geometry.kernel_size, groups=geometry.groups, linear=geometry.linear)

@@ -1,4 +1,4 @@
-"""Whether a peft method is what it says on a layer of some shape: tried out once, before anything is touched."""
+"""Check that a peft method computes what it claims on a layer of some shape, by trying it on a plain layer."""
 
 from __future__ import annotations
 
@@ -14,51 +14,47 @@ from .layers import change_of, stand_in, without_host, wrap
 
 _TOLERANCE = 1e-9  # relative to the largest output, in float64
 
-_MOST = 2**26  # parameters and buffers of one adapter: half a gigabyte in float64
+_MOST = 2**26  # elements in the parameters and buffers of one adapter: half a gigabyte in float64
 
 
-class _Seen(Exception):  # not an error of ours: the sentence a refusal is made of
-    """What was seen of a method that must not be passed on."""
+class _Seen(Exception):  # never leaves this module
+    """A check failed; the text is the refusal that ``probe`` returns."""
 
 
 @lru_cache(maxsize=512)
 def probe(method: str, settings: tuple[tuple[str, Any], ...], shape: ConvGeometry) -> str | None:
-    """Try a method on a plain layer of this shape and return why it cannot be used there, or None when it can.
+    """Return why a method cannot be used on a layer of this shape, or None when it can, by trying it on a plain layer.
 
-    Six things must hold, in float64: peft builds a layer with these very options; it starts the same whatever the
-    layer's weight; fresh it changes nothing, to the bit; every parameter learns; with random parameters peft's own
-    forward, in training too, is the convolution with the changed weight; and its tensors, saved and loaded into another
-    such layer, make the same change there. The layer tried has no padding, stride or dilation: peft's
-    forwards differ there from the layer they wrap, and convpeft does not use them.
+    Six things must hold, in float64: peft builds a layer with exactly these options; its start does not depend on the
+    layer's weight; fresh, it changes nothing, bitwise; every parameter gets a gradient; with random parameters peft's
+    own forward in training mode is the convolution with the changed weight; and its state_dict, loaded into another
+    such layer, makes the same change there. The layer has no padding, stride or dilation: with those, peft's forwards
+    differ from the layer they wrap, and convpeft does not run them.
 
     Args:
-        method: of peft.
-        settings: its options, as ``(name, value)`` pairs.
+        method: name of the peft method.
+        settings: the method's options, as ``(name, value)`` pairs.
         shape: channels, kernel and groups of the layer.
     """
     options = dict(settings)
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
             warnings.simplefilter("ignore")
-            _check_size(method, options, shape)
-            _check_options(method, options, shape)
-            _check_start(method, options, shape)
-            _check_fresh(method, options, shape)
-            _check_forward(method, options, shape)
-            _check_round_trip(method, options, shape)
+            for check in (_check_size, _check_options, _check_start, _check_fresh, _check_forward, _check_round_trip):
+                check(method, options, shape)
     except _Seen as seen:
         return str(seen)
     return None
 
 
 def _build(method: str, options: dict[str, Any], shape: ConvGeometry, seed: int) -> tuple[nn.Module, nn.Module]:
-    """Return peft's layer around a float64 layer with random weights, and that layer."""
+    """Return peft's layer around a float64 layer with random weights, and that inner layer."""
     torch.manual_seed(seed)
     host = stand_in(shape).double()
     torch.manual_seed(0)
     try:
         return wrap(method, options, host).double(), host
-    except Exception as error:  # whatever peft raises, the plan says it
+    except Exception as error:  # whatever peft raises becomes the refusal
         raise _Seen(f"peft's {method} does not serve it: {_one_line(error)}") from error
 
 
@@ -66,7 +62,7 @@ def _check_size(method: str, options: dict[str, Any], shape: ConvGeometry) -> No
     try:
         with torch.device("meta"):
             draft = without_host(wrap(method, options, stand_in(shape)))
-    except Exception:  # not all methods can be built without memory; the next check says what is wrong with the others
+    except Exception:  # some methods cannot be built on meta; any other error is raised again by the next check
         return
     count = sum(tensor.numel() for tensor in draft.state_dict().values())
     if count > _MOST:
@@ -74,7 +70,7 @@ def _check_size(method: str, options: dict[str, Any], shape: ConvGeometry) -> No
 
 
 def _check_options(method: str, options: dict[str, Any], shape: ConvGeometry) -> None:
-    """Refuse options that peft would change on its own, with a warning."""
+    """Refuse options that peft adjusts, which it says in a warning."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _build(method, options, shape, 0)
@@ -84,13 +80,12 @@ def _check_options(method: str, options: dict[str, Any], shape: ConvGeometry) ->
 
 
 def _check_start(method: str, options: dict[str, Any], shape: ConvGeometry) -> None:
-    """Refuse methods that begin from the layer's own weight: an adapter is made, and loaded, without seeing it."""
-    first, second = (_own(_build(method, options, shape, seed)[0]) for seed in (1, 2))
+    """Refuse methods that initialise from the layer's weight: an adapter is built, and loaded, without it."""
+    first, second = (_own_tensors(_build(method, options, shape, seed)[0]) for seed in (1, 2))
     differ = [key for key in first if key not in second or not torch.equal(first[key], second[key])]
     if differ:
-        raise _Seen(
-            f"peft's {method} starts from the layer's own weight ({differ[0]} depends on it), which an adapter file does not hold"
-        )
+        reason = f"starts from the layer's own weight ({differ[0]} depends on it), which an adapter file does not hold"
+        raise _Seen(f"peft's {method} {reason}")
 
 
 def _check_fresh(method: str, options: dict[str, Any], shape: ConvGeometry) -> None:
@@ -113,16 +108,15 @@ def _check_forward(method: str, options: dict[str, Any], shape: ConvGeometry) ->
     wrapped, host = _build(method, options, shape, 1)
     weight, bias = _detached(host)
     generator = torch.Generator().manual_seed(0)
-    _shake(wrapped, generator)
+    _randomise(wrapped, generator)
     x = random_input(shape, max(shape.kernel_size) + 2, generator)
     try:
         with torch.no_grad():
             theirs = wrapped.train()(x)
             wrapped.eval()
     except Exception as error:
-        raise _Seen(
-            f"peft's own {method} layer fails on an input of shape {tuple(x.shape)}: {_one_line(error)}"
-        ) from error
+        at = f"on an input of shape {tuple(x.shape)}"
+        raise _Seen(f"peft's own {method} layer fails {at}: {_one_line(error)}") from error
     method_layer = without_host(wrapped)
     change = _change(method, method_layer, weight, bias)
     _check_gradients(method, method_layer, [part for part in change if part is not None])
@@ -139,8 +133,8 @@ def _check_forward(method: str, options: dict[str, Any], shape: ConvGeometry) ->
         )
 
 
-def _shake(wrapped: nn.Module, generator: torch.Generator) -> None:
-    """Move every parameter of the method's own off its start, in place."""
+def _randomise(wrapped: nn.Module, generator: torch.Generator) -> None:
+    """Add noise to each of the method's own parameters, in place."""
     for name, parameter in wrapped.named_parameters():
         if "base_layer" not in name:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -148,11 +142,11 @@ def _shake(wrapped: nn.Module, generator: torch.Generator) -> None:
 
 
 def _check_round_trip(method: str, options: dict[str, Any], shape: ConvGeometry) -> None:
-    """Refuse methods that keep something of themselves outside their parameters and buffers."""
+    """Refuse methods that store part of their state outside their parameters and buffers."""
     wrapped, host = _build(method, options, shape, 1)
     weight, bias = _detached(host)
-    _shake(wrapped, torch.Generator().manual_seed(0))
-    torch.manual_seed(7)  # another start: all that matters must come from the saved tensors
+    _randomise(wrapped, torch.Generator().manual_seed(0))
+    torch.manual_seed(7)  # another initialisation, which the loaded tensors must replace entirely
     saved, other = without_host(wrapped), without_host(wrap(method, options, stand_in(shape).double()).double())
     other.load_state_dict(saved.state_dict())
     for before, after in zip(_change(method, saved, weight, bias), _change(method, other, weight, bias), strict=True):
@@ -168,9 +162,9 @@ def _check_gradients(method: str, wrapped: nn.Module, parts: list[Tensor]) -> No
     if not isinstance(total, Tensor) or not total.requires_grad:
         raise _Seen(f"peft's {method} gives its parameters no gradient through its changed weight")
     grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    dead = [name for name, grad in zip(parameters, grads, strict=True) if grad is None]
-    if dead:
-        raise _Seen(f"peft's {method} does not use {', '.join(dead)} in its changed weight, so it would never learn")
+    unused = [name for name, grad in zip(parameters, grads, strict=True) if grad is None]
+    if unused:
+        raise _Seen(f"peft's {method} does not use {', '.join(unused)} in its changed weight, so it would never learn")
 
 
 def _change(method: str, wrapped: nn.Module, weight: Tensor, bias: Tensor) -> Any:
@@ -180,7 +174,7 @@ def _change(method: str, wrapped: nn.Module, weight: Tensor, bias: Tensor) -> An
         raise _Seen(f"peft's {method} gives no changed weight here: {_one_line(error)}") from error
 
 
-def _own(wrapped: nn.Module) -> dict[str, Tensor]:
+def _own_tensors(wrapped: nn.Module) -> dict[str, Tensor]:
     tensors = [*wrapped.named_parameters(), *wrapped.named_buffers()]
     return {name: tensor.detach() for name, tensor in tensors if "base_layer" not in name}
 
