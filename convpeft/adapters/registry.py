@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
 from ..errors import RegistrationError, UnknownKind, closest
-from .base import Adapter
+from .base import Adapter, Site
+from .options import AdapterOptions
 
 AdapterClass = TypeVar("AdapterClass", bound="type[Adapter]")
 LEAVE = "leave"  # a rule of this kind adds no adapter
@@ -92,3 +95,13 @@ def adapter_class(kind: str) -> type[Adapter]:
         f"unknown kind {kind!r}. {'Closest: ' + near + '. ' if near else ''}Registered: {', '.join(adapter_kinds())}; "
         "and peft:<method> for the methods of peft."
     )
+
+
+def make_adapter(kind: str, site: Site, options: AdapterOptions, device: torch.device | str) -> Adapter:
+    """Return a fresh adapter of a kind on a device; on ``meta`` it has shapes and no memory.
+
+    Raises:
+        UnknownKind: with the nearest registered names.
+    """
+    with torch.device(device):
+        return adapter_class(kind)(site, options)

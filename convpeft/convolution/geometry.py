@@ -149,6 +149,20 @@ class ConvGeometry:
         )
         return self.resized((height, width))
 
+    def grown(self, *kernel_sizes: Pair) -> ConvGeometry:
+        """Return ``covering(*kernel_sizes)`` for a layer that shall give what this one gives; TF-style padding follows.
+
+        Raises:
+            GeometryError: if the larger kernel would be centred on other pixels, see ``shift_when_grown``.
+        """
+        larger = self.covering(*kernel_sizes)
+        shift = self.shift_when_grown()
+        if shift and larger.kernel_size != self.kernel_size:
+            raise GeometryError(shift)
+        if larger.dynamic_kernel is None:
+            return larger
+        return replace(larger, dynamic_kernel=larger.kernel_size, padding=(0, 0, 0, 0))
+
     def shift_when_grown(self) -> str | None:
         """Return why a larger kernel would be centred on other pixels than this one, or None when it would not.
 

@@ -184,12 +184,7 @@ def add_kernels(host: ConvKernel, extra: Sequence[ConvKernel]) -> ConvKernel:
     Raises:
         GeometryError: if a larger kernel would be centred on other pixels than the host's.
     """
-    geometry = host.geometry.covering(*(kernel.geometry.kernel_size for kernel in extra))
-    shift = host.geometry.shift_when_grown()
-    if shift and geometry.kernel_size != host.geometry.kernel_size:
-        raise GeometryError(shift)
-    if geometry.dynamic_kernel is not None:  # TF-style padding is computed from the kernel size, now the grown one
-        geometry = replace(geometry, dynamic_kernel=geometry.kernel_size, padding=(0, 0, 0, 0))
+    geometry = host.geometry.grown(*(kernel.geometry.kernel_size for kernel in extra))
     host_size = host.geometry.kernel_size
     weight = embed_on_grid(host.weight, host_size, geometry.kernel_size)
     bias = host.bias

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter
-from ..adapters.registry import adapter_class
+from ..adapters.registry import make_adapter
 from ..errors import HostError, StateError
 from ..hosts.guards import can_be_lean, fusing_methods, swap_refusal
 from ..hosts.model import ATTRIBUTE, AdaptedModel
@@ -68,8 +67,7 @@ def build(
     for layer in layers:
         host = modules[layer.name]
         device, dtype = device_and_dtype(host, modules[""])
-        with torch.device(device):
-            adapter = adapter_class(layer.kind)(layer.site, layer.options)
+        adapter = make_adapter(layer.kind, layer.site, layer.options, device)
         adapters[layer.name] = adapter.to(dtype=dtype).train(wants_training(host))
     made: dict[int, Tensor] = {}
     stores: dict[str, StoredTensors] = {}

@@ -261,10 +261,5 @@ def _on_host_grid(chain: Chain, host: ConvGeometry) -> Chain:
 
 def _grown(step: ConvKernel, host: ConvGeometry) -> ConvKernel:
     own = step.geometry
-    geometry = host.covering(own.kernel_size).with_channels(own.in_channels, own.out_channels, own.groups)
-    shift = host.shift_when_grown()
-    if shift and geometry.kernel_size != host.kernel_size:
-        raise GeometryError(shift)
-    if geometry.dynamic_kernel is not None:
-        geometry = replace(geometry, dynamic_kernel=geometry.kernel_size, padding=(0, 0, 0, 0))
+    geometry = host.grown(own.kernel_size).with_channels(own.in_channels, own.out_channels, own.groups)
     return ConvKernel(embed_on_grid(step.weight, host.kernel_size, geometry.kernel_size), step.bias, geometry)

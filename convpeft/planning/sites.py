@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..adapters.base import Adapter, Place, Site
 from ..adapters.options import AdapterOptions
-from ..adapters.registry import adapter_class
+from ..adapters.registry import adapter_class, make_adapter
 from ..convolution.geometry import PLAIN_HOSTS, ConvGeometry, output_geometry
 from ..errors import shortened
 from ..hosts.chains import carries_chains
@@ -97,8 +96,7 @@ class Sites:
         """Return an adapter on the meta device, to ask it things; layers alike share one."""
         key = (kind, site, options)
         if key not in self.drafts:
-            with torch.device("meta"):
-                self.drafts[key] = adapter_class(kind)(site, options)
+            self.drafts[key] = make_adapter(kind, site, options, "meta")
         return self.drafts[key]
 
     def _output_shapes(self, wanted: Sequence[Wanted]) -> dict[str, OutputShape]:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...convolution.comparison import compare
 from ...convolution.geometry import ConvGeometry, random_input
 from .layers import change_of, stand_in, without_host, wrap
-
-_TOLERANCE = 1e-9  # relative to the largest output, in float64
 
 _MOST = 2**26  # elements in the parameters and buffers of one adapter: half a gigabyte in float64
 
@@ -125,11 +124,11 @@ def _check_forward(method: str, options: dict[str, Any], shape: ConvGeometry) ->
         ours = shape.convolve(x, (weight + change.weight).reshape(shape.weight_shape()), changed_bias)
     if theirs.shape != ours.shape:
         raise _Seen(f"peft's {method} changes the output's shape: {tuple(theirs.shape)}, not {tuple(ours.shape)}")
-    difference, scale = float((theirs - ours).abs().max()), float(ours.abs().max())
-    if not difference <= _TOLERANCE * scale:
+    apart = compare(ours, theirs, 1e-9)
+    if not apart.is_rounding:
         raise _Seen(
             f"peft's {method} does not compute the convolution with its changed weight: its output differs by "
-            f"{difference:.3g}, where the largest is {scale:.3g}"
+            f"{apart.difference:.3g}, where the largest is {apart.largest:.3g}"
         )
 
 

@@ -43,20 +43,20 @@ class Box:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ImageFile:
     """An image file, and where its picture goes below the output folder."""
 
     path: Path
     place: Path
 
 
-def find_sources(given: Sequence[Path], *, recursive: bool = False) -> list[Source]:
+def find_sources(given: Sequence[Path], *, recursive: bool = False) -> list[ImageFile]:
     """Return the image files of files and folders, in order; each goes to a place of its own.
 
     Raises:
         DataError: if a path is missing, is no image, or a folder holds none.
     """
-    found: list[Source] = []
+    found: list[ImageFile] = []
     for path in given:
         if path.is_dir():
             entries = sorted(path.rglob("*") if recursive else path.iterdir())
@@ -64,21 +64,21 @@ def find_sources(given: Sequence[Path], *, recursive: bool = False) -> list[Sour
             if not files:
                 hint = "" if recursive else "; --recursive looks into its folders"
                 raise DataError(f"{path} holds no image ({', '.join(SUFFIXES)}){hint}.")
-            found += [Source(file, file.relative_to(path)) for file in files]
+            found += [ImageFile(file, file.relative_to(path)) for file in files]
         elif not path.is_file():
             raise DataError(f"{path} is not there; give image files or folders of them.")
         elif path.suffix.lower() not in SUFFIXES:
             raise DataError(f"{path} is no image that can be read here ({', '.join(SUFFIXES)}).")
         else:
-            found.append(Source(path, Path(path.name)))
+            found.append(ImageFile(path, Path(path.name)))
     return own_places(found)
 
 
-def own_places(sources: Sequence[Source]) -> list[Source]:
+def own_places(sources: Sequence[ImageFile]) -> list[ImageFile]:
     """Return each file once, with a number in its place's name where another file already has that place."""
     places: set[Path] = set()
     files: set[Path] = set()
-    result: list[Source] = []
+    result: list[ImageFile] = []
     for source in sources:
         if source.path.resolve() in files:
             continue
@@ -88,7 +88,7 @@ def own_places(sources: Sequence[Source]) -> list[Source]:
             place = source.place.with_name(f"{source.place.stem}_{number}.png")
         places.add(place)
         files.add(source.path.resolve())
-        result.append(Source(source.path, place))
+        result.append(ImageFile(source.path, place))
     return result
 
 
