@@ -96,7 +96,8 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, argument) for argument in arguments)
     if origin is tuple:
-        return isinstance(value, tuple) and all(fits(item, arguments[0]) for item in value)
+        sized = arguments[-1] is ... or (isinstance(value, tuple) and len(value) == len(arguments))
+        return isinstance(value, tuple) and sized and all(fits(item, arguments[0]) for item in value)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
     if hint is int:
