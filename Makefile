@@ -40,7 +40,7 @@ mutants: $(VENV)/.installed-example,commands,detectors,test
 	$(BIN)/python -m tests.mutants
 
 nightly: $(VENV)/.installed-example,commands,detectors,test
-	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile=nightly -s $(ARGS)
+	$(BIN)/python -m pytest tests/properties --hypothesis-profile=nightly -s $(ARGS)
 
 benchmarks: $(VENV)/.installed-example,benchmarks
 	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks $(ARGS)  # waking threads that sleep would be measured

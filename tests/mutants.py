@@ -17,7 +17,7 @@ from _pytest.runner import runtestprotocol
 
 from convpeft import ConvGeometry
 
-TESTS = ["tests/test_geometry.py", "tests/test_merging.py::test_merged_is_adapted"]
+TESTS = ["tests/convolution/test_geometry.py", "tests/merging/test_merge.py::test_merged_is_adapted"]
 SUBSET = (
     "reference_and_geometry or build or plain_data or output_size or imprint"
     " or (lora-parallel-rank and auto and not dora and not rslora)"
