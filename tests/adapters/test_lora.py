@@ -1,4 +1,4 @@
-"""LoRA beside ConvTranspose2d: what the contract suite does not ask. Output sizes, files, and who refuses."""
+"""``lora``: its scale and its size, and beside ConvTranspose2d what the contract does not ask: sizes, files, refusals."""
 
 from __future__ import annotations
 
@@ -8,8 +8,21 @@ from torch import nn
 
 import convpeft
 from tests.adapter_files import assert_refused, forged, parts
-from tests.cases import TRANSPOSED, VARIANTS, adapted, assert_relative, bits, named, net, randomised, same_bits
+from tests.cases import (
+    LAYERS,
+    TRANSPOSED,
+    VARIANTS,
+    Variant,
+    adapted,
+    assert_relative,
+    bits,
+    named,
+    net,
+    randomised,
+    same_bits,
+)
 
+CASES = {case.name: case for case in LAYERS}
 LORA = [variant for variant in VARIANTS if variant.kind == "lora" and variant.place == "parallel"]
 UPSAMPLE = TRANSPOSED[0]
 PAIRS = [(case, variant) for case in TRANSPOSED for variant in LORA]
@@ -120,3 +133,32 @@ def test_a_file_that_lies_about_its_kind_is_refused(tmp_path):
         net(UPSAMPLE),
         any_base=True,
     )
+
+
+@torch.no_grad()
+def update(options: dict, name: str = "3x3") -> torch.Tensor:
+    """Return what a LoRA with fixed random factors adds to a layer."""
+    torch.manual_seed(1)
+    case = CASES[name]
+    model = adapted(case, Variant("lora", "parallel", options))
+    return model.layer.convpeft.a(case.input())
+
+
+def test_alpha_and_rslora_scale_the_update():
+    plain = update({"rank": 4})
+    assert_relative(update({"rank": 4, "alpha": 4.0}), plain, 0)
+    assert_relative(update({"rank": 4, "alpha": 8.0}), 2 * plain, 1e-15)
+    assert_relative(update({"rank": 4, "rslora": True}), 2 * plain, 1e-15)  # 4 / sqrt(4)
+    assert_relative(update({"rank": 4, "alpha": 1.0, "rslora": True}), plain / 2, 1e-15)
+
+
+def test_pointwise_down_is_one_pixel():
+    model = adapted(CASES["3x3"], Variant("lora", "parallel", {"rank": 4, "pointwise": True}))
+    assert model.layer.convpeft.a.down.shape == (4, 4, 1, 1)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 64])
+def test_a_depthwise_layers_lora_is_no_larger_than_the_layer(rank):
+    case = CASES["depthwise"]
+    model = adapted(case, Variant("lora", "parallel", {"rank": rank}))
+    assert model.layer.convpeft.a.down.numel() <= model.layer.weight.numel()
