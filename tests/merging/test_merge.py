@@ -10,45 +10,8 @@ import torch
 from torch import nn
 
 import convpeft
-from tests.cases import (
-    LAYERS,
-    SERVED,
-    VARIANTS,
-    Case,
-    Variant,
-    adapted,
-    assert_relative,
-    bits,
-    named,
-    net,
-    randomised,
-    same_bits,
-)
-
-CASES = {case.name: case for case in LAYERS}
-CLAMPED = "tf-same-1x1-stride2"
-REP_MONA = Variant("rep_mona", "parallel", {"rank": 2, "kernel_sizes": [3, 7]})
-LORA = Variant("lora", "parallel", {"rank": 3})
-LORA_OUT = Variant("lora", "output", {"rank": 3})
-REP_MONA_OUT = Variant("rep_mona", "output", {"rank": 2, "kernel_sizes": [3]})
-LINEAR_KINDS = [(case, variant) for case, variant in SERVED if variant.kind in ("lora", "rep_mona")]
-MERGEABLE = [
-    (case, variant)
-    for case, variant in LINEAR_KINDS
-    if not (case.name == CLAMPED and variant.kind == "rep_mona" and variant.place == "parallel")
-]
-
-
-def assert_plain(model: nn.Module) -> None:
-    """Nothing of convpeft is left: no key, no class, no attribute."""
-    assert not [key for key in model.state_dict() if "convpeft" in key]
-    assert not [name for name, _ in model.named_modules() if "convpeft" in name]
-    assert not [
-        type(m)
-        for m in model.modules()
-        if type(m).__name__.startswith("Adapted") or type(m).__module__.startswith("convpeft")
-    ]
-    assert not [key for module in model.modules() for key in vars(module) if "convpeft" in key]
+from tests.cases import VARIANTS, Variant, adapted, assert_relative, bits, named, net, randomised, same_bits
+from tests.merging.layers import CASES, LORA, LORA_OUT, MERGEABLE, REP_MONA, REP_MONA_OUT, assert_plain
 
 
 @pytest.mark.parametrize("form", ["auto", "single", "factored"])
@@ -64,50 +27,6 @@ def test_merged_is_adapted(case, variant, form):
     assert_plain(merged)
     assert same_bits(before, bits(model))
     assert torch.equal(model.layer(x), expected)
-
-
-@pytest.mark.parametrize(("case", "variant"), named(MERGEABLE))
-def test_the_plan_tells_what_merge_does(case, variant):
-    model = adapted(case, variant)
-    rows = {form: convpeft.plan_merge(model, form=form).rows for form in ("auto", "single", "factored")}
-    for form, (row,) in rows.items():
-        assert row.name == "layer"
-        assert row.form in (("absorbed", "single", "factored") if form == "auto" else ("absorbed", form)), row
-        cost = row.macs_factored if row.form == "factored" else row.macs_single
-        assert row.macs_after == cost
-        chains = {name for name, _ in convpeft.merge(model, form=form).layer.named_children()}
-        beside_or_after = row.form == "factored" or (
-            row.form == "single" and row.kernel_before != row.kernel_after and "+" in row.kernel_after
-        )
-        assert bool(chains) == beside_or_after
-    (auto,), (single,), (factored,) = rows["auto"], rows["single"], rows["factored"]
-    assert auto.macs_after == min(single.macs_after, factored.macs_after)
-    assert (single.macs_single, single.macs_factored) == (auto.macs_single, auto.macs_factored)
-
-
-def test_a_7x7_beside_a_1x1_becomes_a_chain_and_not_a_49_times_dearer_kernel():
-    case = Case("wide", lambda: nn.Conv2d(32, 32, 1), (1, 32, 9, 8))
-    model = adapted(case, Variant("rep_mona", "parallel", {"rank": 4, "kernel_sizes": [3, 5, 7]}))
-    plan = convpeft.plan_merge(model)
-    (row,) = plan.rows
-    assert (row.form, row.macs_before, row.macs_single) == ("factored", 32 * 32, 49 * 32 * 32)
-    assert row.macs_after == 32 * 32 + 32 * 2 * 4 + 2 * 4 * 49 + 2 * 4 * 32
-    assert "one kernel (32→32 7×7) would cost more" in str(plan)
-    assert convpeft.merge(model).layer.kernel_size == (1, 1)
-    assert convpeft.merge(model, form="single").layer.kernel_size == (7, 7)
-
-
-def test_plan_merge_touches_nothing():
-    model = adapted(CASES["3x3"], REP_MONA)
-    objects = {id(thing) for thing in [*model.modules(), *model.parameters(), *model.buffers()]}
-    before, classes, x = bits(model), [type(m) for m in model.modules()], CASES["3x3"].input()
-    output = model(x)
-    for form in ("auto", "single", "factored"):
-        convpeft.plan_merge(model, form=form)
-    assert same_bits(before, bits(model))
-    assert [type(m) for m in model.modules()] == classes
-    assert {id(thing) for thing in [*model.modules(), *model.parameters(), *model.buffers()]} == objects
-    assert torch.equal(model(x), output)
 
 
 @pytest.mark.parametrize("form", ["single", "factored"])
@@ -245,84 +164,6 @@ def test_fusing_a_norm_into_a_factored_conv_is_never_silent(bias):
     single = convpeft.merge(adapted(case, REP_MONA), form="single")
     torch.nn.utils.fuse_conv_bn_eval(single.layer, single.norm)(x)
     assert torch.equal(merged.norm(merged.layer(x)), expected)
-
-
-class Scaled(nn.Module):
-    """A block with more than one output."""
-
-    def __init__(self, pack) -> None:
-        super().__init__()
-        self.conv, self.pack = nn.Conv2d(4, 6, 3, padding=1), pack
-
-    def forward(self, x):
-        return self.pack(self.conv(x))
-
-
-def pair(z):
-    return z.sigmoid(), z
-
-
-def mapping(z):
-    return {"maps": z.relu(), "other": z}
-
-
-def listed(z):
-    return [z, 2 * z]
-
-
-@pytest.mark.parametrize("form", ["auto", "single", "factored"])
-@pytest.mark.parametrize(("pack", "entry"), [(pair, 1), (mapping, "maps"), (listed, 0)], ids=["tuple", "dict", "list"])
-@pytest.mark.parametrize("variant", named([LORA_OUT, REP_MONA_OUT]))
-@torch.no_grad()
-def test_output_hosts_merge_into_a_chain_after_them(variant, pack, entry, form):
-    model, x = nn.ModuleDict({"layer": Scaled(pack)}).double().eval(), torch.randn(2, 4, 9, 8).double()
-    convpeft.inject(model, {"rules": [{**variant.rule, "output": entry, "channels": 6}]}, example_inputs=None)
-    randomised(model)
-    block = model["layer"]
-    expected = block(x)
-    merged = convpeft.merge(model, form=form)["layer"]
-    got = merged(x)
-    assert type(got) is type(expected)
-    keys = expected if isinstance(expected, dict) else range(len(expected))
-    for key in keys:
-        assert_relative(got[key], expected[key], 1e-12 if key == entry else 0)
-    assert type(merged) is Scaled
-    assert_plain(merged)
-
-
-class Sequence(nn.Module):
-    """A Sequential as a child, with a shared last step or not."""
-
-    def __init__(self, *steps: nn.Module) -> None:
-        super().__init__()
-        self.layer = nn.Sequential(*steps)
-
-    def forward(self, x):
-        return self.layer(x)
-
-
-SEQUENCES = {
-    "conv-last": lambda: Sequence(nn.ReLU(), nn.Conv2d(4, 6, 3)),
-    "relu-last": lambda: Sequence(nn.Conv2d(4, 6, 3), nn.ReLU()),
-    "norm-last": lambda: Sequence(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)),
-    "nested": lambda: Sequence(nn.Sequential(nn.Conv2d(4, 6, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(6, 6, 1)))),
-}
-
-
-@pytest.mark.parametrize("form", ["auto", "factored"])
-@pytest.mark.parametrize("variant", named([LORA_OUT, REP_MONA_OUT]))
-@pytest.mark.parametrize("name", list(SEQUENCES))
-@torch.no_grad()
-def test_a_sequential_stays_a_sequential(name, variant, form):
-    model, x = SEQUENCES[name]().double().eval(), torch.randn(2, 4, 9, 8).double()
-    steps = len(model.layer)
-    convpeft.inject(model, {"rules": [variant.rule]}, example_inputs=x)
-    randomised(model)
-    merged = convpeft.merge(model, form=form)
-    assert_relative(merged(x), model(x))
-    assert type(merged.layer) is nn.Sequential
-    assert len(merged.layer) == steps
-    assert_plain(merged)
 
 
 @pytest.mark.parametrize("place", ["parallel", "output"])
