@@ -12,7 +12,6 @@ from convpeft.convolution.low_rank import Factors
 from tests.cases import randomised
 
 FORMS = ("separate", "summed", "weight")
-
 SEES_HOOKS = pytest.mark.skipif(
     origins._HOOKS is None,
     reason="this torch does not say whether hooks for saved tensors are set, so inputs are kept",
@@ -49,7 +48,6 @@ def net(act: nn.Module | None = None) -> Net:
 
 
 LORA = {"rules": [{"match": "**", "kind": "lora", "rank": 2}]}
-
 LATE = {"rules": [{"match": "head", "kind": "lora", "rank": 2}]}
 
 
