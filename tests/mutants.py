@@ -104,7 +104,18 @@ def first_failure(items: list[pytest.Item]) -> str | None:
 def main() -> int:
     """Return the exit status."""
     hunt = Hunt()
-    options = ["-q", "--no-header", "--no-summary", "-o", "addopts=", "-p", "no:cacheprovider", "-k", SUBSET]
+    options = [
+        "--nightly",
+        "-q",
+        "--no-header",
+        "--no-summary",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        SUBSET,
+    ]
     pytest.main([*TESTS, *options], plugins=[hunt])
     if hunt.broken is not None:
         print(f"Without any mutant, {hunt.broken} fails: mend that first.")

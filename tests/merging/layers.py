@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from torch import nn
 
-from tests.cases import LAYERS, SERVED, Variant
+from tests.cases import LAYERS, SERVED, VARIANTS, Variant
 
 CASES = {case.name: case for case in LAYERS}
+FORMS = ("auto", "single", "factored")
 CLAMPED = "tf-same-1x1-stride2"
 REP_MONA = Variant("rep_mona", "parallel", {"rank": 2, "kernel_sizes": [3, 7]})
 LORA = Variant("lora", "parallel", {"rank": 3})
@@ -18,6 +22,20 @@ MERGEABLE = [
     for case, variant in LINEAR_KINDS
     if not (case.name == CLAMPED and variant.kind == "rep_mona" and variant.place == "parallel")
 ]
+
+
+def in_forms(pairs: list[tuple[Any, Variant]]) -> list[Any]:
+    """Return ``pytest.param``s of each pair in each form; all but one form of a pair are nightly.
+
+    The form goes round with the layer's number plus the variant's: each form meets every layer and every variant.
+    """
+    rows = []
+    for case, variant in pairs:
+        turn = (LAYERS.index(case) + VARIANTS.index(variant)) % len(FORMS)
+        for number, form in enumerate(FORMS):
+            marks = () if number == turn else pytest.mark.nightly
+            rows.append(pytest.param(case, variant, form, id=f"{case.name}/{variant.name}-{form}", marks=marks))
+    return rows
 
 
 def assert_plain(model: nn.Module) -> None:

@@ -11,11 +11,19 @@ from torch import nn
 
 import convpeft
 from tests.cases import VARIANTS, Variant, adapted, assert_relative, bits, named, net, randomised, same_bits
-from tests.merging.layers import CASES, LORA, LORA_OUT, MERGEABLE, REP_MONA, REP_MONA_OUT, assert_plain
+from tests.merging.layers import CASES, FORMS, LORA, LORA_OUT, MERGEABLE, REP_MONA, REP_MONA_OUT, assert_plain, in_forms
 
 
-@pytest.mark.parametrize("form", ["auto", "single", "factored"])
-@pytest.mark.parametrize(("case", "variant"), named(MERGEABLE))
+def test_each_form_sees_every_layer_and_every_variant_without_the_nightly_run():
+    seen = [row.values for row in in_forms(MERGEABLE) if not row.marks]
+    assert len(seen) == len(MERGEABLE)
+    for form in FORMS:
+        assert {case.name for case, _, its in seen if its == form} == {case.name for case, _ in MERGEABLE}
+        for variant in {variant.name for _, variant in MERGEABLE}:
+            assert sum(each.name == variant and its == form for _, each, its in seen) >= 10
+
+
+@pytest.mark.parametrize(("case", "variant", "form"), in_forms(MERGEABLE))
 @torch.no_grad()
 def test_merged_is_adapted(case, variant, form):
     model, x = adapted(case, variant), case.input()
