@@ -26,8 +26,9 @@ LAYERS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_convolution_with_factors_has_the_gradients_of_the_plain_one(settings, form):
     layer = nn.Conv2d(4, 8, **settings).double().requires_grad_(False)
-    x = torch.randn(2, 4, 7, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 4, 4, 3, dtype=torch.float64, requires_grad=True)
     factors = factors_for(layer, form)
+    assert factors.form_for(x, layer.weight, True) == form
 
     def run(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return nodes.convolve(layer, x, Factors(down, up, form), True)
@@ -43,7 +44,7 @@ def test_a_convolution_with_factors_has_the_gradients_of_the_plain_one(settings,
 @pytest.mark.parametrize("settings", LAYERS.values(), ids=LAYERS)
 def test_a_frozen_convolution_has_the_gradient_of_its_input(settings):
     layer = nn.Conv2d(4, 8, **settings).double().requires_grad_(False)
-    x = torch.randn(2, 4, 7, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 4, 4, 3, dtype=torch.float64, requires_grad=True)
     run = lambda x: nodes.convolve(layer, x, None, True)  # noqa: E731
     assert torch.equal(run(x), layer(x))
     assert torch.autograd.gradcheck(run, (x,))
