@@ -12,9 +12,9 @@ import convpeft
 from convpeft.adapters import Adapter
 from convpeft.adapters.registry import adapter_class
 from tests.cases import (
+    CASES,
     DTYPES,
     KINDS,
-    LAYERS,
     LINEARS,
     OPTIONS,
     SERVED,
@@ -33,7 +33,6 @@ from tests.references import adapters as formulas
 from tests.references import convolution as reference
 from tests.references import low_rank, visual
 
-CASES = {case.name: case for case in LAYERS}
 CONTRACT = pytest.mark.parametrize(("case", "variant"), named(SERVED))
 GROUPED = [
     (case, variant)

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 import convpeft
-from tests.cases import LAYERS, Variant, adapted, assert_relative, bits, net, same_bits
+from tests.cases import CASES, Variant, adapted, assert_relative, bits, net, same_bits
 from tests.references.low_rank import conv_lora, resize
 from tests.references.visual import route
 
-CASES = {case.name: case for case in LAYERS}
 KIND = Variant("conv_lora", "parallel", {"rank": 4, "scales": [1, 2, 3], "top_k": 1, "load_balancing": 0.5})
 
 

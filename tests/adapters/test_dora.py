@@ -12,10 +12,9 @@ from torch import nn
 import convpeft
 from convpeft.adapters import Host
 from convpeft.adapters.dora import magnitude_ratio
-from tests.cases import DORA, LAYERS, Variant, adapted, assert_relative, bits, net, randomised, same_bits
+from tests.cases import CASES, DORA, Variant, adapted, assert_relative, bits, net, randomised, same_bits
 from tests.references.low_rank import dora_weight
 
-CASES = {case.name: case for case in LAYERS}
 PLAIN = Variant("lora", "parallel", {"rank": 2})
 VARIANTS = [Variant("lora", "parallel", options) for options in DORA]
 KINDS = pytest.mark.parametrize("kind", VARIANTS, ids=lambda kind: kind.name)

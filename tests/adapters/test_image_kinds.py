@@ -10,9 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import convpeft
-from tests.cases import CONVS, VARIANTS, adapted, assert_relative, named
+from tests.cases import CASES, VARIANTS, adapted, assert_relative, named
 
-CASES = {case.name: case for case in CONVS}
 KINDS = ("hierarchical", "mona", "moe_rep_mona")
 IN_SHORT = pytest.mark.parametrize("variant", named([v for v in VARIANTS if v.kind in KINDS]))
 

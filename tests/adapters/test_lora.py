@@ -9,7 +9,7 @@ from torch import nn
 import convpeft
 from tests.adapter_files import assert_refused, forged, parts
 from tests.cases import (
-    LAYERS,
+    CASES,
     TRANSPOSED,
     VARIANTS,
     Variant,
@@ -22,7 +22,6 @@ from tests.cases import (
     same_bits,
 )
 
-CASES = {case.name: case for case in LAYERS}
 LORA = [variant for variant in VARIANTS if variant.kind == "lora" and variant.place == "parallel"]
 UPSAMPLE = TRANSPOSED[0]
 PAIRS = [(case, variant) for case in TRANSPOSED for variant in LORA]

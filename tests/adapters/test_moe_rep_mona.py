@@ -16,11 +16,10 @@ import convpeft
 from convpeft.adapters import MoeRepMona, Site
 from convpeft.adapters.gating import Router
 from convpeft.convolution.geometry import ConvGeometry, output_geometry
-from tests.cases import CONVS, Variant, adapted, assert_relative, named, net
+from tests.cases import CASES, Variant, adapted, assert_relative, named, net
 from tests.references import convolution as reference
 from tests.references import visual
 
-CASES = {case.name: case for case in CONVS}
 SIZES = [1, 3, 5, 7]
 
 

@@ -8,9 +8,8 @@ import torch
 import convpeft
 from convpeft.adapters import Mona, Site
 from convpeft.convolution.geometry import output_geometry
-from tests.cases import CONVS, Variant, adapted, assert_relative, bits, net, same_bits
+from tests.cases import CASES, Variant, adapted, assert_relative, bits, net, same_bits
 
-CASES = {case.name: case for case in CONVS}
 MONA = Variant("mona", "output", {"rank": 4, "kernel_sizes": [3, 5, 7]})
 LORA = Variant("lora", "output", {"rank": 2})
 

@@ -6,9 +6,8 @@ import pytest
 from torch import nn
 
 import convpeft
-from tests.cases import LAYERS, net
+from tests.cases import CASES, net
 
-CASES = {case.name: case for case in LAYERS}
 BAD_OPTIONS = [
     ("lora", {"rnak": 4}, r"unknown key 'rnak' for kind 'lora'\. Closest: rank"),
     ("lora", {"rank": 0}, "rank must be above 0, not 0"),

@@ -8,10 +8,8 @@ from torch import nn
 
 import convpeft
 from convpeft.adapters import Adapter
-from tests.cases import LAYERS, net
+from tests.cases import CASES, net
 from tests.shift import Shift
-
-CASES = {case.name: case for case in LAYERS}
 
 
 @pytest.mark.usefixtures("clean_registry")

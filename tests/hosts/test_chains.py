@@ -8,9 +8,8 @@ from torch import nn
 
 import convpeft
 from convpeft.hosts.chains import BESIDE, carries_chains
-from tests.cases import LAYERS, Variant, assert_relative, bits, named, net, randomised, same_bits
+from tests.cases import CASES, Variant, assert_relative, bits, named, net, randomised, same_bits
 
-CASES = {case.name: case for case in LAYERS}
 REP_MONA = Variant("rep_mona", "parallel", {"rank": 2, "kernel_sizes": [3, 7]})
 WITH_NORM = Variant("rep_mona", "parallel", {"rank": 2, "kernel_sizes": [3, 7], "branch_norm": True})
 LORA = Variant("lora", "parallel", {"rank": 3})

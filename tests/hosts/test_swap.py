@@ -13,10 +13,8 @@ from torch import nn
 
 import convpeft
 from convpeft.hosts.modules import base_modules
-from tests.cases import CONVS, OwnConstructorConv, bits, net, same_bits
+from tests.cases import CASES, OwnConstructorConv, bits, net, same_bits
 from tests.detector import LORA, Block, Detector, Untouched, detector, images, scrambled
-
-CASES = {case.name: case for case in CONVS}
 
 
 def with_lora(model: nn.Module, match: str, name: str = "default", **rule) -> nn.Module:

@@ -9,7 +9,6 @@ from torch import nn
 
 from tests.cases import LAYERS, SERVED, VARIANTS, Variant
 
-CASES = {case.name: case for case in LAYERS}
 FORMS = ("auto", "single", "factored")
 CLAMPED = "tf-same-1x1-stride2"
 REP_MONA = Variant("rep_mona", "parallel", {"rank": 2, "kernel_sizes": [3, 7]})

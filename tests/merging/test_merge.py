@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import convpeft
-from tests.cases import VARIANTS, Variant, adapted, assert_relative, bits, named, net, randomised, same_bits
-from tests.merging.layers import CASES, FORMS, LORA, LORA_OUT, MERGEABLE, REP_MONA, REP_MONA_OUT, assert_plain, in_forms
+from tests.cases import CASES, VARIANTS, Variant, adapted, assert_relative, bits, named, net, randomised, same_bits
+from tests.merging.layers import FORMS, LORA, LORA_OUT, MERGEABLE, REP_MONA, REP_MONA_OUT, assert_plain, in_forms
 
 
 def test_each_form_sees_every_layer_and_every_variant_without_the_nightly_run():

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import convpeft
-from tests.cases import Case, Variant, adapted, bits, named, same_bits
-from tests.merging.layers import CASES, MERGEABLE, REP_MONA
+from tests.cases import CASES, Case, Variant, adapted, bits, named, same_bits
+from tests.merging.layers import MERGEABLE, REP_MONA
 
 
 @pytest.mark.parametrize(("case", "variant"), named(MERGEABLE))

@@ -12,9 +12,20 @@ from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
 import convpeft
-from tests.cases import CONVS, Net, Variant, adapted, assert_relative, bits, conv, named, net, randomised, same_bits
+from tests.cases import (
+    CASES,
+    Net,
+    Variant,
+    adapted,
+    assert_relative,
+    bits,
+    conv,
+    named,
+    net,
+    randomised,
+    same_bits,
+)
 
-CASES = {case.name: case for case in CONVS}
 LORA = Variant("lora", "parallel", {"rank": 3})
 REP_MONA = Variant("rep_mona", "parallel", {"rank": 2, "kernel_sizes": [3, 5]})
 FORMS = pytest.mark.parametrize("form", ["auto", "single", "factored"])

@@ -10,7 +10,6 @@ import convpeft
 from convpeft.adapters.peft_kinds import layers
 from tests.cases import LAYERS, LINEARS, TRANSPOSED, Variant, named, net
 
-CASES = {case.name: case for case in LAYERS}
 METHODS = {
     "loha": {"r": 2, "alpha": 3},
     "lokr": {"r": 2, "decompose_factor": 2, "use_effective_conv2d": True},

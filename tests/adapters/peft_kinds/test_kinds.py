@@ -11,8 +11,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import convpeft
 from convpeft.adapters.peft_kinds import kinds, layers
-from tests.adapters.peft_kinds.methods import CASES, LINEAR_ONLY, METHODS
-from tests.cases import LINEARS, net
+from tests.adapters.peft_kinds.methods import LINEAR_ONLY, METHODS
+from tests.cases import CASES, LINEARS, net
 
 GROUPED = ("groups2", "groups2-reflect-stride2", "depthwise", "depthwise-multiplier2")
 BAD_OPTIONS = [

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import convpeft
-from tests.adapters.peft_kinds.methods import CASES, IN_SHORT, SERVED, merged_by_peft, shaken, variant
-from tests.cases import LINEARS, Variant, adapted, assert_relative, named, net, randomised
+from tests.adapters.peft_kinds.methods import IN_SHORT, SERVED, merged_by_peft, shaken, variant
+from tests.cases import CASES, LINEARS, Variant, adapted, assert_relative, named, net, randomised
 from tests.references.convolution import convolve, grid_of
 
 

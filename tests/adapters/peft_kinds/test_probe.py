@@ -10,8 +10,8 @@ import convpeft
 from convpeft.adapters.peft_kinds import layers
 from convpeft.adapters.peft_kinds import probe as probing
 from convpeft.adapters.peft_kinds.probe import probe
-from tests.adapters.peft_kinds.methods import CASES, REFUSED
-from tests.cases import LAYERS, bits, named, net, same_bits
+from tests.adapters.peft_kinds.methods import REFUSED
+from tests.cases import CASES, LAYERS, bits, named, net, same_bits
 
 
 def test_a_plan_made_without_gradients_says_the_same():
