@@ -1,7 +1,7 @@
 """Read the imports of ``convpeft/`` and draw them: ``python docs/draw_architecture.py`` writes the picture anew.
 
 A room is a folder of the package (or a module beside the folders, ``errors``). An arrow from one room to another stands for
-at least one import; imports inside functions and under ``TYPE_CHECKING`` count. ``tests/test_architecture.py`` reads the same
+at least one import; imports inside functions and under ``TYPE_CHECKING`` count. ``tests/project/test_architecture.py`` reads the same
 arrows and compares the picture in the repository with the one that this script would draw.
 """
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import convpeft
 from convpeft.adapters import Adapter
 from convpeft.files.header import seal
-
-from .cases import bits
+from tests.cases import bits
 
 SPEC = {
     "rules": [

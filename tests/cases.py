@@ -106,6 +106,7 @@ TRANSPOSED = [
     ),
 ]
 LAYERS = CONVS + LINEARS + TRANSPOSED
+CASES = {case.name: case for case in LAYERS}
 
 
 @dataclass(frozen=True)

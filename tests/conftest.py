@@ -18,7 +18,27 @@ from convpeft.adapters import registry
 torch.set_num_threads(1)
 settings.register_profile("ci", max_examples=1_200, deadline=None, derandomize=True, database=None)
 settings.register_profile("nightly", max_examples=12_000, deadline=None, database=None, print_blob=True)
-settings.load_profile("ci")  # --hypothesis-profile=nightly takes the other
+settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--nightly``."""
+    text = "run the tests marked nightly as well, and the property tests with the profile nightly"
+    parser.addoption("--nightly", action="store_true", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Take the other profile."""
+    if config.getoption("nightly", False):
+        settings.load_profile("nightly")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked nightly; a ``-m`` in setup.cfg would be lost as soon as somebody gives their own."""
+    if not config.getoption("nightly", False):
+        left = [item for item in items if item.get_closest_marker("nightly")]
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import convpeft
-
-from .cases import bits, same_bits
+from tests.cases import bits, same_bits
 
 
 class Block(nn.Module):

@@ -17,7 +17,7 @@ from _pytest.runner import runtestprotocol
 
 from convpeft import ConvGeometry
 
-TESTS = ["tests/test_geometry.py", "tests/test_merging.py::test_merged_is_adapted"]
+TESTS = ["tests/convolution/test_geometry.py", "tests/merging/test_merge.py::test_merged_is_adapted"]
 SUBSET = (
     "reference_and_geometry or build or plain_data or output_size or imprint"
     " or (lora-parallel-rank and auto and not dora and not rslora)"
@@ -104,7 +104,18 @@ def first_failure(items: list[pytest.Item]) -> str | None:
 def main() -> int:
     """Return the exit status."""
     hunt = Hunt()
-    options = ["-q", "--no-header", "--no-summary", "-o", "addopts=", "-p", "no:cacheprovider", "-k", SUBSET]
+    options = [
+        "--nightly",
+        "-q",
+        "--no-header",
+        "--no-summary",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        SUBSET,
+    ]
     pytest.main([*TESTS, *options], plugins=[hunt])
     if hunt.broken is not None:
         print(f"Without any mutant, {hunt.broken} fails: mend that first.")

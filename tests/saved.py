@@ -1,4 +1,4 @@
-"""How many bytes a forward pass keeps for the backward pass, counted and not timed."""
+"""What a forward pass keeps for the backward pass, counted and not timed."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import torch
 from torch import Tensor, nn
 
 
-def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Iterable[nn.Parameter]) -> int:
-    """Return the bytes of all storages autograd saves in ``function(x)``, each once, the parameters' own left out."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no address is used twice while counting
+def kept(model: Callable[[Tensor], Tensor], x: Tensor, known: Iterable[Tensor] = ()) -> list[Tensor]:
+    """Return what autograd keeps for backward, each storage once; parameters, buffers and what is known left out."""
+    own = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*own, *known)}
+    found: dict[int, Tensor] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor.detach())
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(x)
-    return sum(kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(x)
+    return list(found.values())
+
+
+def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Iterable[nn.Parameter]) -> int:
+    """Return the bytes of all storages autograd saves in ``function(x)``, each once, the parameters' own left out."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept(lambda x: function(x), x, parameters))

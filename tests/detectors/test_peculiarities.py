@@ -12,8 +12,8 @@ from torch import nn
 import convpeft
 from benchmarks.detectors.comparisons import assert_relative, bits, same, same_bits, tensors
 from benchmarks.detectors.steps import LORA, layers_of
+from tests.cases import randomised
 
-from ..cases import randomised
 from .conftest import BenchOf
 
 

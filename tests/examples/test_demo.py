@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("ultralytics")
 
+from tests.examples.commands.place import run
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
@@ -26,7 +28,9 @@ def run_demo(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("demo")
-    done = run_demo("--quick", "--seed", 3, "--device", "cpu", "--out", folder / "out", "--cache", folder / "cache")
+    fewer = ("--base-steps", 4, "--steps", 3)
+    places = ("--out", folder / "out", "--cache", folder / "cache")
+    done = run_demo("--quick", *fewer, "--seed", 3, "--device", "cpu", *places)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "out", done.stdout
 
@@ -112,6 +116,7 @@ def test_own_data_own_weights_and_own_texts(tmp_path):
     import torch
     from safetensors.torch import save_file
 
+    from examples.yolo_world import demo
     from examples.yolo_world.data.generate import DEFECTS, generate
     from examples.yolo_world.training.model import build_world_model
 
@@ -126,10 +131,8 @@ def test_own_data_own_weights_and_own_texts(tmp_path):
         "--texts",
         tmp_path / "texts.safetensors",
     ]
-    done = run_demo(
-        "--quick", "--steps", 2, "--device", "cpu", *own, "--out", tmp_path / "out", "--cache", tmp_path / "cache"
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    places = ["--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    assert run(demo, ["--quick", "--steps", 2, "--device", "cpu", *own, *places]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert results["base"] == "weights tiny-worldv2.pt"
     assert results["texts"] == "read from texts.safetensors"

@@ -49,15 +49,20 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, grid: 
     kernels = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     y = torch.zeros(images, weight.shape[0], *grid.size, dtype=torch.float64)
     for i in range(grid.size[0]):
+        down, rows = _landing(grid, 0, i, height, weight.shape[2])
         for j in range(grid.size[1]):
-            for s in range(weight.shape[2]):
-                for t in range(weight.shape[3]):
-                    row = _source(grid.first[0] + i * grid.stride[0] + s * grid.dilation[0], height, grid.mode)
-                    column = _source(grid.first[1] + j * grid.stride[1] + t * grid.dilation[1], width, grid.mode)
-                    if row is not None and column is not None:
-                        pixel = grouped[:, :, :, row, column]
-                        y[:, :, i, j] += torch.einsum("ngc,goc->ngo", pixel, kernels[..., s, t]).flatten(1)
+            across, columns = _landing(grid, 1, j, width, weight.shape[3])
+            pixels, taps = grouped[:, :, :, rows][..., columns], kernels[:, :, :, down][..., across]
+            y[:, :, i, j] = torch.einsum("ngcst,gocst->ngo", pixels, taps).flatten(1)
     return y if bias is None else y + bias.double().view(-1, 1, 1)
+
+
+def _landing(grid: Grid, axis: int, output: int, pixels: int, taps: int) -> tuple[list[int], list[int]]:
+    """Return the taps that read a pixel for this output position along an axis, and the pixels they read."""
+    start = grid.first[axis] + output * grid.stride[axis]
+    read = [(tap, _source(start + tap * grid.dilation[axis], pixels, grid.mode)) for tap in range(taps)]
+    found = [(tap, pixel) for tap, pixel in read if pixel is not None]
+    return [tap for tap, _ in found], [pixel for _, pixel in found]
 
 
 def spread(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,3 +78,8 @@ def run(module: Any, arguments: Sequence[object]) -> int:
         return module.main([str(argument) for argument in arguments])
     except SystemExit as left:  # argparse leaves this way
         return int(left.code or 0)
+
+
+def read(path: Path) -> Any:
+    """Return what a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -15,16 +15,7 @@ from examples.yolo_world.commands import compare
 from examples.yolo_world.training import trainer
 from tests.world import world
 
-from .place import LORA, NONLINEAR, Place, make_place, run
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
-    return make_place(tmp_path_factory.mktemp("compare"))
-
-
-def read(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
+from .place import LORA, NONLINEAR, Place, read, run
 
 
 def compare_options(place: Place) -> list[object]:

@@ -20,14 +20,9 @@ from examples.yolo_world.training.scores import predict
 from tests.cases import assert_relative
 from tests.world import moved, pictures, world
 
-from .place import LORA, MIXED, NONLINEAR, Place, make_place, run
+from .place import LORA, MIXED, NONLINEAR, run
 
 WEIGHTS = {"a": 0.7, "b": -0.4}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
-    return make_place(tmp_path_factory.mktemp("ensemble"))
 
 
 def pair(spec, **others):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -15,16 +12,7 @@ from examples.yolo_world.data.datasets import open_dataset
 from examples.yolo_world.training.scores import score, targets_of
 from tests.world import world
 
-from .place import CLASSES, LORA, NONLINEAR, SIZE, Place, make_place, run
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
-    return make_place(tmp_path_factory.mktemp("commands"))
-
-
-def read(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
+from .place import CLASSES, LORA, NONLINEAR, SIZE, read, run
 
 
 def perfect(data, *, wrong: int = 0):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,7 @@ from examples.yolo_world.training.model import load_world_model, use_classes
 from tests.cases import same_bits
 from tests.world import moved, pictures, world
 
-from .place import LORA, MIXED, NONLINEAR, SIZE, Place, make_place, run
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
-    return make_place(tmp_path_factory.mktemp("commands"))
-
-
-def read(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
+from .place import LORA, MIXED, NONLINEAR, SIZE, read, run
 
 
 def test_merge_writes_a_plain_model_that_weights_takes(place, tmp_path, capsys):

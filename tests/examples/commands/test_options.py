@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from examples.yolo_world.commands import compare, ensemble, evaluate, merge, pre
 from examples.yolo_world.commands.options import OPTIONS
 from examples.yolo_world.training.model import load_world_model
 
-from .place import CLASSES, LORA, Place, make_place, run
+from .place import CLASSES, LORA, read, run
 
 COMMANDS = {
     "evaluate": evaluate,
@@ -41,15 +40,6 @@ SHARED = (
     "out",
     "cache",
 )
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
-    return make_place(tmp_path_factory.mktemp("commands"))
-
-
-def read(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

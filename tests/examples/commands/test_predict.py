@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -18,16 +15,7 @@ from examples.yolo_world.data.images import DataError
 from examples.yolo_world.training.model import decode, use_classes
 from tests.world import world
 
-from .place import CLASSES, LORA, NONLINEAR, SIZE, Place, make_place, run
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
-    return make_place(tmp_path_factory.mktemp("commands"))
-
-
-def read(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
+from .place import CLASSES, LORA, NONLINEAR, SIZE, read, run
 
 
 def test_boxes_come_back_to_the_original_image():

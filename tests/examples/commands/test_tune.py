@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -26,7 +25,7 @@ from examples.yolo_world.commands.series import train_in
 from examples.yolo_world.commands.session import CommandError, load_data, open_session
 from examples.yolo_world.training.model import load_world_model
 
-from .place import NONLINEAR, Place, make_place, run
+from .place import NONLINEAR, Place, read, run
 
 NAMED = {
     "aliases": {"early": ["model.2.cv1.conv"], "late": ["model.{12,15}.cv2.conv"], "top": ["model.18"]},
@@ -37,15 +36,6 @@ NAMED = {
     ],
     "unfreeze": ["model.22.cv2.*.2"],
 }
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
-    return make_place(tmp_path_factory.mktemp("tune"))
-
-
-def read(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_a_trial_changes_rank_reduction_and_positions_and_nothing_else():

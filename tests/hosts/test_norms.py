@@ -1,0 +1,135 @@
+"""The base's norms never move while they are frozen; adapted ones belong to their adapter, statistics and all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+import convpeft
+from tests.cases import bits, same_bits
+from tests.detector import LORA, Untouched, detector, images
+
+
+def steps(model, count=3):
+    """Train for some steps with a lot of ``train()`` and ``eval()`` around them."""
+    optimizer = torch.optim.SGD(convpeft.param_groups(model, lr=0.1))
+    for _ in range(count):
+        for mode in (True, False, True):
+            model.train(mode)
+        model.apply(lambda module: module.train())
+        optimizer.zero_grad()
+        model(images(4)).square().sum().backward()
+        optimizer.step()
+
+
+class TestNorms:
+    def test_frozen_norms_never_move(self):
+        model = detector()
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        convpeft.inject(model, {"rules": [LORA], "unfreeze": ["body.1"]})
+        steps(model)
+        assert all(module.training for module in model.modules() if not isinstance(module, nn.BatchNorm2d))
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        assert not any(norm.training for norm in norms)
+        assert all(torch.equal(a, b) for a, b in zip(buffers, model.stem.norm.buffers(), strict=False))
+        convpeft.eject(model)
+        assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+        assert all(norm.training for norm in norms)  # what train() last asked for
+        assert all(norm.momentum == 0.1 for norm in norms)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_modes_come_back(self, training):
+        model = detector().train(training)
+        model.stem.norm.train(not training)
+        before = Untouched(model)
+        convpeft.inject(model, {"rules": [LORA]}, name="a")
+        assert not any(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+        convpeft.inject(model, {"rules": [LORA], "norm": "adapt"}, name="b")
+        assert model.stem.norm.training is not training
+        assert model.body[0].norm.training is training
+        convpeft.set_active(model, "a")
+        assert not model.stem.norm.training
+        convpeft.eject(model)
+        before.check()
+
+    def test_adapted_norms_belong_to_the_adapter(self):
+        model, x = detector(), images()
+        before, own = bits(model), model(x)
+        convpeft.inject(model, {"rules": [LORA], "norm": "adapt"}, name="a")
+        assert torch.equal(model(x), own)
+        steps(model)
+        model.eval()
+        learnt, trained = bits(model.stem.norm), model(x)
+        for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            assert not torch.equal(learnt[key], before[f"stem.norm.{key}"]), key
+        convpeft.set_active(model, None)
+        assert torch.equal(model(x), own)
+        assert all(torch.equal(model.state_dict()[key], before[key]) for key in before)
+        model.train()
+        model(x)  # the base's statistics are held
+        model.eval()
+        convpeft.set_active(model, "a")
+        assert torch.equal(model(x), trained)
+        assert all(torch.equal(a, b) for a, b in zip(learnt.values(), bits(model.stem.norm).values(), strict=False))
+        assert same_bits(before, bits(convpeft.eject(model)))
+
+    def test_an_adapters_statistics_do_not_leak_into_another(self):
+        model, x = detector(), images()
+        for name in ("a", "b"):
+            convpeft.inject(model, {"rules": [LORA], "norm": "adapt"}, name=name)
+        steps(model.train())
+        model.eval()
+        b = model(x)
+        convpeft.set_active(model, "a")
+        a = model(x)
+        assert not torch.equal(a, b)
+        steps(model)
+        convpeft.set_active(model.eval(), "b")
+        assert torch.equal(model(x), b)
+
+    @pytest.mark.parametrize(
+        "norm",
+        [
+            lambda: nn.SyncBatchNorm(4),
+            lambda: BatchNormAct2d(4),
+            lambda: nn.BatchNorm2d(4, affine=False),
+            lambda: nn.InstanceNorm2d(4, track_running_stats=True),
+            lambda: nn.BatchNorm1d(4),
+        ],
+        ids=["SyncBatchNorm", "BatchNormAct2d", "without affine", "InstanceNorm2d", "BatchNorm1d"],
+    )
+    @pytest.mark.parametrize("policy", ["frozen", "adapt"])
+    def test_every_norm_with_statistics_is_held(self, norm, policy):
+        layer = norm()
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 1), nn.Flatten(2) if isinstance(layer, nn.BatchNorm1d) else nn.Identity(), layer
+        )
+        before = bits(model)
+        convpeft.inject(model, {"rules": [{"match": "0", "kind": "lora"}], "norm": policy})
+        model.eval().train()
+        assert layer.training is (policy == "adapt")
+        if policy == "adapt" and not isinstance(layer, nn.SyncBatchNorm):  # that one trains on a GPU only
+            model(torch.randn(2, 3, 4, 4))
+            assert not torch.equal(layer.running_mean, before["2.running_mean"])
+        elif policy == "frozen":
+            model(torch.randn(2, 3, 4, 4))
+        assert same_bits(before, bits(convpeft.eject(model)))
+
+    def test_a_mode_set_by_hand_is_kept_while_the_norm_is_free(self):
+        model = detector()
+        convpeft.inject(model, {"rules": [LORA], "norm": "adapt"}, name="a")
+        convpeft.inject(model, {"rules": [LORA], "norm": "adapt"}, name="b")
+        model.train()
+        model.stem.norm.training = False
+        convpeft.set_active(model, "a")
+        assert not model.stem.norm.training
+        assert model.body[0].norm.training
+
+    def test_an_adapter_on_a_held_norm_trains_with_the_model(self):
+        model = detector().train()
+        convpeft.inject(model, {"rules": [LORA]}, name="a")
+        convpeft.inject(model, {"rules": [{"match": "stem.norm", "kind": "bottleneck", "dropout": 0.5}]}, name="b")
+        assert model.stem.norm.convpeft.b.training
+        assert not model.stem.norm.training
