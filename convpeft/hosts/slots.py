@@ -96,15 +96,14 @@ class Slots(nn.ModuleDict):
 
     def put_owner(self, owner: str, tensors: StoredTensors) -> None:
         """Let ``owner`` bring its own values of the module's tensors, in place; they are not shown yet."""
-        self.stored(owner)
-        self._modules[STASH]._modules[owner] = tensors  # type: ignore[union-attr]
         self.owners = (*self.owners, owner)
+        self._modules.setdefault(STASH, Slots())._modules[owner] = tensors  # type: ignore[union-attr]
 
     def drop_stored(self, owner: str) -> None:
         """Forget an owner's store, in place; with the last owner the stores go altogether."""
         self.owners = tuple(name for name in self.owners if name != owner)
         if self.owners:
-            del self._modules[STASH]._modules[owner]  # type: ignore[union-attr]
+            self._modules[STASH]._modules.pop(owner, None)  # type: ignore[union-attr]
         else:
             self._modules.pop(STASH, None)
 
