@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, equal, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
@@ -29,7 +29,7 @@ def assert_relative(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) 
 
 def tensors(outputs: Any) -> list[Tensor]:
     """Return all tensors in what a model returned, in order."""
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor)]
 
 
 def same(actual: list[Tensor], expected: list[Tensor]) -> None:
