@@ -119,7 +119,8 @@ DETAIL = Page(
             "forward and back to the input, are about two thirds of a full step. LoRA adds the convolutions of A and "
             "the products of both factors. These have few channels and run at a fraction of a large convolution's speed. "
             "The processor matters as much: those five runs were on an AMD EPYC. On an Intel Xeon with AVX-512 (2026-11-27) "
-            "the row was 0.83, and 0.84 with the code before the package was divided into rooms, in runs one after the other. "
+            "two runs gave 0.83 and 0.84 for this row, and 0.90 and 0.94 for the same on S; the code before the package was divided "
+            "into rooms gave 0.84 and 0.93 in a run between them. "
             "There the frozen model alone takes 0.68 of full fine-tuning, and no choice of forms per layer saves more than 1 %.",
         ),
         Section(
