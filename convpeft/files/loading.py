@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,10 @@ def _sites(
     unique = dict(unique_modules(root))
     problems = [f"{key}: not in this model" for key in [*file.layers, *file.owned] if key not in modules]
     problems += filter(None, [lazy_modules(unique)])
+    problems += [*_doubles(modules, file.layers), *_doubles(modules, file.owned)]
     wanted = list(_wanted(modules, file, problems))
     sites = Sites(root, wanted, bypassed(unique.values()), trusting=trusting)
-    problems += sites.problems + half_shared(modules, file.owned)
+    problems += sites.problems + half_shared(unique, {key: modules[key] for key in file.owned if key in modules})
     if problems:
         raise AdapterFileError(
             f"{path} does not fit this {base_class(root).__name__}; the model is unchanged. {'; '.join(problems[:12])}"
@@ -85,13 +86,9 @@ def _sites(
 
 def _wanted(modules: Mapping[str, nn.Module], file: AdapterFile, problems: list[str]) -> Iterator[Wanted]:
     """Yield the adapters of a file whose module is there; ``problems`` takes what is wrong with the others."""
-    first: dict[int, str] = {}
     for name, record in file.layers.items():
         module = modules.get(name)
         if module is None:
-            continue
-        if first.setdefault(id(module), name) != name:
-            problems.append(f"{name}: the same module as {first[id(module)]} here, and another one in the file")
             continue
         try:
             options, found = read_options(record.kind, adapter_class(record.kind).Options, record.options)
@@ -103,6 +100,14 @@ def _wanted(modules: Mapping[str, nn.Module], file: AdapterFile, problems: list[
             place: Any = record.place
             numbers = (record.rule, record.lr_mult, record.output)
             yield Wanted(name, module, "", record.kind, place, options, *numbers, None, geometry)
+
+
+def _doubles(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator[str]:
+    """Yield a problem for each name in a file that means the same module here as an earlier one."""
+    first: dict[int, str] = {}
+    for name in names:
+        if name in modules and first.setdefault(id(modules[name]), name) != name:
+            yield f"{name}: the same module as {first[id(modules[name])]} here, and another one in the file"
 
 
 def _check_base(root: nn.Module, file: AdapterFile, path: Path) -> None:

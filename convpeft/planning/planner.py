@@ -55,7 +55,7 @@ def make_plan(root: nn.Module, spec: Spec, example_inputs: Any = None) -> Plan:
     sites = Sites(root, _wanted(selection), bypassed(modules.values()), example_inputs)
     problems = [*selection.check.problems, *selection.problems, *map(SpecError, sites.problems)]
     owned = _unfrozen(selection, problems)
-    raise_problems([*problems, *map(SpecError, half_shared(modules, owned))], heading)
+    raise_problems([*problems, *map(SpecError, half_shared(modules, {name: modules[name] for name in owned}))], heading)
     base = {id(p): p.numel() for module in modules.values() for p in own_parameters(module)}
     trained = {id(p): p.numel() for name in owned for p in own_parameters(modules[name]) if p.is_floating_point()}
     return Plan(

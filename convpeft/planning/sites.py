@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,7 +172,7 @@ def _geometry(wanted: Wanted, shape: OutputShape | None) -> ConvGeometry:
         here = output_geometry(shape.channels, shape.channels_last)
     saved = wanted.geometry
     if saved is not None and saved != here:
-        if wanted.place == "output":
+        if wanted.place == "output" and here.out_channels != saved.out_channels:
             raise _Refused(f": {here.out_channels} output channels here, {saved.out_channels} in the file")
         differ = ", ".join(key for key, value in vars(here).items() if value != getattr(saved, key))
         raise _Refused(f": {here} here, {saved} in the file; not the same: {differ}")
@@ -232,15 +232,14 @@ def lazy_modules(modules: Mapping[str, nn.Module]) -> str | None:
     )
 
 
-def half_shared(modules: Mapping[str, nn.Module], owned: Iterable[str]) -> list[str]:
+def half_shared(modules: Mapping[str, nn.Module], owned: Mapping[str, nn.Module]) -> list[str]:
     """Return a problem for each tensor that a module to unfreeze shares with one that stays frozen.
 
     Args:
         modules: the user's, each once.
-        owned: names of those to unfreeze.
+        owned: those to unfreeze, by any of their names.
     """
-    owned = [name for name in owned if name in modules]
-    trained = {id(modules[name]) for name in owned}
+    trained = {id(module) for module in owned.values()}
     frozen = {
         id(tensor): name
         for name, module in modules.items()
@@ -249,8 +248,8 @@ def half_shared(modules: Mapping[str, nn.Module], owned: Iterable[str]) -> list[
     }
     return [
         f"unfreeze: {name!r} shares its {key} with {frozen[id(tensor)]!r}, which would stay frozen; unfreeze both or neither"
-        for name in owned
-        for key, tensor in tensors_of(modules[name], BASE).items()
+        for name, module in owned.items()
+        for key, tensor in tensors_of(module, BASE).items()
         if id(tensor) in frozen
     ]
 

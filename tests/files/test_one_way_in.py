@@ -170,16 +170,50 @@ def test_a_module_that_is_never_called_takes_no_output_adapter(tmp_path):
         convpeft.load_adapter(changed(list_instead)(), path, any_base=True)
 
 
-def test_two_adapted_layers_that_are_one_module_here_are_refused(tmp_path):
+@pytest.mark.parametrize("unfrozen", [False, True])
+def test_two_modules_of_a_file_that_are_one_here_are_refused(unfrozen, tmp_path):
+    both = ["stem", "other"]
+    rules = [{"match": "head" if unfrozen else both, "kind": "lora", "rank": 2}]
     original = fresh()
     original.other = nn.Conv2d(3, 6, 3, padding=1)
-    convpeft.inject(original, {"rules": [{"match": ["stem", "other"], "kind": "lora", "rank": 2}]})
+    convpeft.inject(original, {"rules": rules, "unfreeze": both if unfrozen else []})
     path = convpeft.save_adapter(original, tmp_path / "a.safetensors")
     model = fresh()
     model.other = model.stem
+    before = bits(model)
     with pytest.raises(
         convpeft.AdapterFileError, match="other: the same module as stem here, and another one in the file"
     ):
+        convpeft.load_adapter(model, path, any_base=True)
+    assert same_bits(before, bits(model))
+
+
+def test_unfrozen_modules_may_share_a_tensor_under_another_first_name(tmp_path):
+    """In the file the module is called by a name that is its second one here; both sharers train, so nothing is half shared."""
+
+    def build(aliased: bool) -> Net:
+        model = fresh()
+        if aliased:
+            model._modules = {"first": model.head, **model._modules}
+        model.again = nn.Conv2d(6, 4, 1)
+        model.again.weight = model.head.weight
+        return model.eval()
+
+    original = build(aliased=False)
+    convpeft.inject(original, {"rules": LORA["rules"], "unfreeze": ["head", "again"]})
+    path = convpeft.save_adapter(original, tmp_path / "a.safetensors")
+    model = build(aliased=True)
+    convpeft.load_adapter(model, path, any_base=True)
+    assert model.again.weight is model.head.weight
+
+
+def test_an_output_whose_channels_moved_to_the_last_axis_says_so(tmp_path):
+    original = fresh()
+    convpeft.inject(original, {"rules": [{"match": "stem", "kind": "lora", "place": "output", "rank": 2}]})
+    path = convpeft.save_adapter(original, tmp_path / "a.safetensors")
+    model = fresh()
+    model.stem = nn.Linear(3, 6)
+    with pytest.raises(convpeft.AdapterFileError, match=r"stem \(Linear\): .* in the file; not the same: linear"):
         convpeft.load_adapter(model, path, any_base=True)
 
 
