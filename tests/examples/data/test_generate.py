@@ -9,17 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.examples.generated import GOOD, IMAGES, SIZE
+
 pytest.importorskip("ultralytics")
 cv2 = pytest.importorskip("cv2")
 from examples.yolo_world.data import generate  # noqa: E402
 from examples.yolo_world.data.surfaces import SURFACES  # noqa: E402
-
-IMAGES, GOOD, SIZE = 4, 2, 96
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generate.generate(tmp_path_factory.mktemp("data"), ["tile", "washer"], images=IMAGES, good=GOOD, size=SIZE)
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -11,17 +11,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("ultralytics")
 cv2 = pytest.importorskip("cv2")
-from examples.yolo_world.data import generate, mvtec, texts  # noqa: E402
+from examples.yolo_world.data import mvtec, texts  # noqa: E402
 from examples.yolo_world.data.augment import flip_and_relight  # noqa: E402
 from examples.yolo_world.data.images import Collate  # noqa: E402
 from examples.yolo_world.training import scores  # noqa: E402
-
-IMAGES, GOOD, SIZE = 4, 2, 96
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generate.generate(tmp_path_factory.mktemp("data"), ["tile", "washer"], images=IMAGES, good=GOOD, size=SIZE)
 
 
 @given(count=st.integers(0, 30), share=st.floats(0.01, 0.99), seed=st.integers(0, 9))

@@ -7,16 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.examples.generated import SIZE
+
 pytest.importorskip("ultralytics")
 cv2 = pytest.importorskip("cv2")
 from examples.yolo_world.data import generate, mvtec  # noqa: E402
-
-IMAGES, GOOD, SIZE = 4, 2, 96
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generate.generate(tmp_path_factory.mktemp("data"), ["tile", "washer"], images=IMAGES, good=GOOD, size=SIZE)
 
 
 def test_boxes_are_the_connected_parts():

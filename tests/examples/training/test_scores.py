@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("ultralytics")
 cv2 = pytest.importorskip("cv2")
-from examples.yolo_world.data import generate, mvtec  # noqa: E402
+from examples.yolo_world.data import mvtec  # noqa: E402
 from examples.yolo_world.training import scores  # noqa: E402
-
-IMAGES, GOOD, SIZE = 4, 2, 96
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generate.generate(tmp_path_factory.mktemp("data"), ["tile", "washer"], images=IMAGES, good=GOOD, size=SIZE)
 
 
 def test_perfect_boxes_score_one(root):
