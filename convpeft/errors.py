@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+_MOST_SHOWN = 200  # characters of one value in an error text
+_MOST_ITEMS = 6  # of a list or a mapping in an error text
+_MOST_LISTED = 100  # problems in one error text
+_MOST_COMPARED = 200  # characters of a name that nearest names are searched for
 
 
 class ConvPeftError(Exception):
@@ -80,7 +88,9 @@ class BaseMismatch(AdapterFileError):
 
 def closest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """Return the candidates most like ``name``, joined by commas, or an empty string when none is close."""
-    near = difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.4)
+    if len(name) > _MOST_COMPARED:
+        return ""
+    near = difflib.get_close_matches(name, [each for each in candidates if isinstance(each, str)], n=count, cutoff=0.4)
     return ", ".join(near)
 
 
@@ -88,6 +98,40 @@ def shortened(names: Sequence[str], limit: int = 8) -> str:
     """Return names joined by commas; those after the first ``limit`` are replaced by their count."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} (+{len(names) - limit} more)"
+
+
+def shown(value: Any) -> str:
+    """Return ``repr(value)`` for an error text; of a long, deep or broken value only as much as is fit to read.
+
+    What is left out is never built: the ``repr`` of a small nested value can be larger than memory.
+
+    Example:
+        >>> shown([3, "a"]), shown(list(range(1000)))
+        ("[3, 'a']", '[0, 1, 2, 3, 4, 5, ...]')
+    """
+    try:
+        text = _shown(value, 3)
+    except Exception:  # its own __repr__ or __len__ raises
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 2 * _MOST_SHOWN else f"{text[: 2 * _MOST_SHOWN]}..."
+
+
+def _shown(value: Any, levels: int) -> str:
+    if isinstance(value, (str, bytes)):
+        return repr(value) if len(value) <= _MOST_SHOWN else f"{value[: _MOST_SHOWN // 2]!r}... ({len(value):,} long)"
+    if isinstance(value, int) and value.bit_length() > 256:  # repr refuses some thousands of digits
+        return f"a number of about {int(value.bit_length() * math.log10(2)) + 1:,} digits"
+    if not isinstance(value, (list, tuple, set, frozenset, dict)) or not value:
+        return repr(value)
+    opening, closing = "[]" if isinstance(value, list) else "()" if isinstance(value, tuple) else "{}"
+    if levels == 0:
+        return f"{opening}...{closing}"
+    items: Iterator[str] = (_shown(item, levels - 1) for item in value)
+    if isinstance(value, dict):
+        items = (f"{_shown(key, levels - 1)}: {_shown(item, levels - 1)}" for key, item in value.items())
+    texts = [*islice(items, _MOST_ITEMS), *(["..."] if len(value) > _MOST_ITEMS else [])]
+    only = "," if opening == "(" and len(value) == 1 else ""
+    return f"{opening}{', '.join(texts)}{only}{closing}"
 
 
 def raise_problems(problems: Sequence[SpecError], heading: str) -> None:
@@ -98,5 +142,7 @@ def raise_problems(problems: Sequence[SpecError], heading: str) -> None:
     error = classes.pop() if len(classes) == 1 else SpecError
     if len(problems) == 1:
         raise error(f"{heading}: {problems[0]}")
-    lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
-    raise error(f"{heading}: {len(problems)} problems, nothing was changed.\n{lines}")
+    lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems[:_MOST_LISTED], 1))
+    rest = len(problems) - _MOST_LISTED
+    more = f"\n  and {rest:,} more like these" if rest > 0 else ""
+    raise error(f"{heading}: {len(problems)} problems, nothing was changed.\n{lines}{more}")
