@@ -113,6 +113,11 @@ def shown(value: Any) -> str:
         text = _shown(value, 3)
     except Exception:  # its own __repr__ or __len__ raises
         text = f"<{type(value).__name__}>"
+    return brief(text)
+
+
+def brief(text: str) -> str:
+    """Return a text, cut if it is long."""
     return text if len(text) <= 2 * _MOST_SHOWN else f"{text[: 2 * _MOST_SHOWN]}..."
 
 

@@ -17,11 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..convolution.nodes import convolve_trained
+from ..errors import shown
 from .base import Site
 from .branches import shared_rank
 from .gating import RoutedAdapter, Router, weigh_by_group
-from .options import AdapterOptions, positive, probability
+from .options import MOST_SIZES, AdapterOptions, positive, probability
 from .registry import register_adapter
+
+_LARGEST_SCALE = 64  # the map grows by its square in memory
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,14 @@ class ConvLoraOptions(AdapterOptions):
         yield from probability(self, "dropout")
         if not self.scales:
             yield "scales must name at least one scale"
-        yield from (f"scales must be whole numbers of at least 1, not {scale}" for scale in self.scales if scale < 1)
+        if len(self.scales) > MOST_SIZES:
+            yield f"scales must be at most {MOST_SIZES} numbers, not {len(self.scales):,}"
+            return
+        yield from (
+            f"scales must be whole numbers of at least 1 and at most {_LARGEST_SCALE}, not {shown(scale)}"
+            for scale in self.scales
+            if not 1 <= scale <= _LARGEST_SCALE
+        )
         if self.top_k > len(self.scales):
             yield f"top_k {self.top_k} is more than the {len(self.scales)} experts of scales"
         if self.load_balancing < 0:

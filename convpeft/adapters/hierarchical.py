@@ -22,6 +22,9 @@ from .branches import zeroed
 from .options import AdapterOptions, positive, probability
 from .registry import register_adapter
 
+_WIDEST_MLP = 1024
+_LARGEST_WINDOW = 64  # pixels on each side: a smaller map is padded to it
+
 
 @dataclass(frozen=True)
 class HierarchicalOptions(AdapterOptions):
@@ -56,6 +59,10 @@ class HierarchicalOptions(AdapterOptions):
         """Yield a sentence for each value that is out of range."""
         yield from positive(self, "reduction", "rank", "conv_groups", "heads", "cells", "mlp_ratio")
         yield from probability(self, "dropout")
+        if self.mlp_ratio > _WIDEST_MLP:
+            yield f"mlp_ratio must be at most {_WIDEST_MLP}, not {self.mlp_ratio!r}"
+        if self.attention == "window" and self.cells > _LARGEST_WINDOW:
+            yield f"cells must be at most {_LARGEST_WINDOW} with attention: window, not {self.cells}"
 
 
 class DoubleConv(nn.Module):

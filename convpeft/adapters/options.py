@@ -9,7 +9,12 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import Any, Literal
 
-from ..errors import OptionError, closest
+from ..errors import OptionError, closest, shown
+
+MOST = 2**16  # of a rank and of all that sets the size of an adapter
+MOST_SIZES = 64  # branches or experts of an adapter
+_WIDEST = 2**17  # kernel size of a branch
+_LARGEST = 3.4e38  # of a number with a fraction: float32 holds no more
 
 
 @dataclass(frozen=True)
@@ -22,11 +27,13 @@ class AdapterOptions:
 
 
 def positive(options: AdapterOptions, *names: str) -> Iterator[str]:
-    """Yield a sentence for each named option that is not above zero (None is allowed)."""
+    """Yield a sentence for each named option that is not above zero (None is allowed), or a whole number above ``MOST``."""
     for name in names:
         value = getattr(options, name)
         if value is not None and not value > 0:
-            yield f"{name} must be above 0, not {value!r}"
+            yield f"{name} must be above 0, not {shown(value)}"
+        elif isinstance(value, int) and value > MOST:
+            yield f"{name} must be at most {MOST:,}, not {shown(value)}"
 
 
 def probability(options: AdapterOptions, *names: str) -> Iterator[str]:
@@ -34,16 +41,21 @@ def probability(options: AdapterOptions, *names: str) -> Iterator[str]:
     for name in names:
         value = getattr(options, name)
         if not 0 <= value < 1:
-            yield f"{name} must be at least 0 and below 1, not {value!r}"
+            yield f"{name} must be at least 0 and below 1, not {shown(value)}"
 
 
 def odd_kernels(sizes: tuple[int, ...]) -> Iterator[str]:
     """Yield a sentence for each kernel size that is even or below 1, and one if there are none."""
     if not sizes:
         yield "kernel_sizes must name at least one size"
+    if len(sizes) > MOST_SIZES:
+        yield f"kernel_sizes must be at most {MOST_SIZES} sizes, not {len(sizes):,}"
+        return
     for size in sizes:
         if size < 1 or size % 2 == 0:
-            yield f"kernel_sizes must be odd and at least 1 (a centre is needed), not {size}"
+            yield f"kernel_sizes must be odd and at least 1 (a centre is needed), not {shown(size)}"
+        elif size > _WIDEST:
+            yield f"kernel_sizes must be at most {_WIDEST:,}, not {shown(size)}"
 
 
 def read_options(
@@ -61,13 +73,18 @@ def read_options(
     problems: list[str] = []
     values: dict[str, Any] = {}
     for key, value in raw.items():
+        if not isinstance(key, str):
+            problems.append(f"keys of kind {kind!r} are texts, not {shown(key)}")
+            continue
         given: Any = tuple(value) if isinstance(value, list) else value
         if key not in known:
             near = closest(key, known)
             hint = f"Closest: {near}. " if near else ""
-            problems.append(f"unknown key {key!r} for kind {kind!r}. {hint}Its options: {', '.join(known) or 'none'}.")
+            problems.append(
+                f"unknown key {shown(key)} for kind {kind!r}. {hint}Its options: {', '.join(known) or 'none'}."
+            )
         elif not fits(given, hints[key]):
-            problems.append(f"{key} of kind {kind!r} must be {_type_in_words(hints[key])}, not {given!r}")
+            problems.append(f"{key} of kind {kind!r} must be {_type_in_words(hints[key])}, not {shown(given)}")
         else:
             values[key] = float(given) if hints[key] is float else given
     missing = [key for key, field in known.items() if _required(field) and key not in raw]
@@ -92,14 +109,14 @@ def fits(value: Any, hint: Any) -> bool:
     """Return whether a value read from a file has an annotated type; an int is a float too, a bool is neither."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return value in arguments
+        return any(isinstance(value, type(argument)) and value == argument for argument in arguments)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, argument) for argument in arguments)
     if origin is tuple:
         sized = arguments[-1] is ... or (isinstance(value, tuple) and len(value) == len(arguments))
         return isinstance(value, tuple) and sized and all(fits(item, arguments[0]) for item in value)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

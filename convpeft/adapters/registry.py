@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ..errors import RegistrationError, UnknownKind, closest
+from ..errors import RegistrationError, UnknownKind, closest, shown
 from .base import Adapter, Site
 from .options import AdapterOptions
 
 AdapterClass = TypeVar("AdapterClass", bound="type[Adapter]")
 LEAVE = "leave"  # a rule of this kind adds no adapter
 _KINDS: dict[str, type[Adapter]] = {}
-_FAMILIES: dict[str, Callable[[str], type[Adapter]]] = {}
+_FAMILIES: dict[str, Family] = {}
+
+
+class Family(NamedTuple):
+    """Kinds that another package brings, under names with one prefix.
+
+    Attributes:
+        look_up: returns the class of a kind from its name without the prefix.
+        file_refusal: returns why a file may not name a kind with these options, or None; it imports nothing. Its third
+            argument is the largest size that the file's tensors give.
+    """
+
+    look_up: Callable[[str], type[Adapter]]
+    file_refusal: Callable[[str, Mapping[str, Any], int], str | None]
 
 
 def register_adapter(kind: str) -> Callable[[AdapterClass], AdapterClass]:
@@ -60,9 +73,26 @@ def register_adapter(kind: str) -> Callable[[AdapterClass], AdapterClass]:
     return register
 
 
-def register_family(prefix: str, lookup: Callable[[str], type[Adapter]]) -> None:
-    """Register a family of kinds: ``adapter_class("<prefix><name>")`` then returns ``lookup(name)``."""
-    _FAMILIES[prefix] = lookup
+def register_family(prefix: str, family: Family) -> None:
+    """Register a family of kinds: ``adapter_class("<prefix><name>")`` then returns ``family.look_up(name)``."""
+    _FAMILIES[prefix] = family
+
+
+def file_refusal(kind: str, options: Mapping[str, Any], size: int) -> str | None:
+    """Return why a file may not name a kind with these options, or None when it may; nothing is imported or built.
+
+    A file may name every kind that is registered: the code of these runs already. Of a family it may name what the
+    family says.
+
+    Args:
+        kind: as the file names it.
+        options: as the file gives them.
+        size: the largest size that the file's tensors give to the adapter.
+    """
+    for prefix, family in _FAMILIES.items():
+        if kind.startswith(prefix):
+            return family.file_refusal(kind.removeprefix(prefix), options, size)
+    return None
 
 
 def adapter_kinds() -> tuple[str, ...]:
@@ -85,14 +115,15 @@ def adapter_class(kind: str) -> type[Adapter]:
     Raises:
         UnknownKind: if there is none; the text lists the nearest registered names.
     """
-    if kind in _KINDS:
-        return _KINDS[kind]
-    for prefix, lookup in _FAMILIES.items():
-        if str(kind).startswith(prefix):
-            return lookup(kind.removeprefix(prefix))
-    near = closest(str(kind), [*_KINDS, LEAVE])
+    name = kind if isinstance(kind, str) else ""  # what a spec says may be anything
+    if name in _KINDS:
+        return _KINDS[name]
+    for prefix, family in _FAMILIES.items():
+        if name.startswith(prefix):
+            return family.look_up(name.removeprefix(prefix))
+    near = closest(name, [*_KINDS, LEAVE])
     raise UnknownKind(
-        f"unknown kind {kind!r}. {'Closest: ' + near + '. ' if near else ''}Registered: {', '.join(adapter_kinds())}; "
+        f"unknown kind {shown(kind)}. {'Closest: ' + near + '. ' if near else ''}Registered: {', '.join(adapter_kinds())}; "
         "and peft:<method> for the methods of peft."
     )
 

@@ -80,7 +80,9 @@ class Glob:
         if count > _MOST_ALTERNATIVES:
             raise PatternError(f"pattern {shown(pattern)} has more than {_MOST_ALTERNATIVES} alternatives")
         if self.size > _MOST_EXPANDED:
-            raise PatternError(f"pattern {shown(pattern)} is too large with its braces written out; use several patterns")
+            raise PatternError(
+                f"pattern {shown(pattern)} is too large with its braces written out; use several patterns"
+            )
         split = [[_tokens(part, pattern) for part in _parts(each, pattern)] for each in expand(pattern)]
         exact = [parts for parts in split if all(_is_exact(part) for part in parts)]
         self.names = frozenset(".".join("".join(token.letter for token in part) for part in parts) for parts in exact)

@@ -1,4 +1,4 @@
-"""Read YAML and JSON, strict about keys said twice."""
+"""Read YAML and JSON, strict about keys said twice, and about how much there is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from ..errors import OptionError, SpecError, closest
+from ..errors import OptionError, SpecError, brief, closest, shown
+from .bounds import MOST_BYTES, check_data, check_yaml, is_long
 from .rules import Rule, Unfreeze, is_text_or_texts
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -19,16 +20,35 @@ def read_data(path: str | Path) -> Any:
     """Return the plain data of a file: JSON for a path ending in ``.json``, else YAML.
 
     Raises:
-        SpecError: if it cannot be read, or says a key twice in one mapping (both formats would keep the last).
+        SpecError: if it cannot be read, is too large, or says a key twice in one mapping (both formats would keep the
+            last).
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            return json.loads(text, object_pairs_hook=_once)
-        return yaml.load(text, _Loader)
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise SpecError(f"{path} cannot be read as a spec: {error}") from error
+        data = _read(path)
+        check_data(data)
+    except Exception as error:  # the constructors of YAML raise whatever comes: KeyError, IndexError, AttributeError
+        raise SpecError(f"{path} cannot be read as a spec: {brief(str(error))}") from error
+    return data
+
+
+def _read(path: Path) -> Any:
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+    text = content.decode("utf-8")
+    if path.suffix == ".json":
+        return json.loads(text, object_pairs_hook=_once, parse_int=whole_number)
+    check_yaml(text)
+    return yaml.load(text, _FastLoader if is_long(text) else _Loader)
+
+
+def whole_number(digits: str) -> int:
+    """Return a whole number of a JSON text; one of thousands of digits takes long to read, and means nothing."""
+    if len(digits) > 400:
+        raise ValueError(f"it has a number of {len(digits):,} digits")
+    return int(digits)
 
 
 def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -36,17 +56,26 @@ def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} is said twice in one mapping")
+            raise ValueError(f"the key {shown(key)} is said twice in one mapping")
         found[key] = value
     return found
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader with ``_once``."""
+class _Once:
+    """``construct_mapping`` of a YAML loader, with ``_once``."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        _once((self.construct_object(key, deep=True), None) for key, _ in node.value if key.tag != _MERGE)
-        return super().construct_mapping(node, deep)
+        loader: Any = super()
+        _once((self.construct_object(key, deep=True), None) for key, _ in node.value if key.tag != _MERGE)  # type: ignore[attr-defined]
+        return loader.construct_mapping(node, deep)
+
+
+class _Loader(_Once, yaml.SafeLoader):
+    """YAML's safe loader."""
+
+
+class _FastLoader(_Once, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The same by libyaml."""
 
 
 def read_spec(path: str | Path) -> dict[str, Any]:
@@ -64,29 +93,35 @@ def read_spec(path: str | Path) -> dict[str, Any]:
 def _unknown_keys(data: Mapping[str, Any], known: Sequence[str], label: str) -> list[SpecError]:
     found: list[SpecError] = []
     for key in data:
-        if key not in known:
-            near = closest(str(key), known)
-            found.append(
-                OptionError(
-                    f"unknown key {key!r} in {label}. {f'Closest: {near}. ' if near else ''}Known: {', '.join(known)}."
-                )
-            )
+        if not isinstance(key, str):
+            found.append(OptionError(f"{label}: keys are texts, not {shown(key)}"))
+        elif key not in known:
+            near = closest(key, known)
+            hint = f"Closest: {near}. " if near else ""
+            found.append(OptionError(f"unknown key {shown(key)} in {label}. {hint}Known: {', '.join(known)}."))
     return found
 
 
 def _entries(data: Mapping[str, Any], key: str, problems: list[SpecError]) -> list[tuple[int, Any]]:
-    entries = data.get(key) or []
-    if isinstance(entries, (str, Mapping)) or not isinstance(entries, Sequence):
-        problems.append(SpecError(f"{key} must be a list"))
+    entries = data.get(key)
+    if entries is None or is_empty(entries):
+        return []
+    if isinstance(entries, (str, bytes, Mapping)) or not isinstance(entries, Sequence):
+        problems.append(SpecError(f"{key} must be a list, not {shown(entries)}"))
         return []
     return list(enumerate(entries, 1))
+
+
+def is_empty(value: Any) -> bool:
+    """Return whether a value stands for nothing where a list or a mapping is wanted."""
+    return isinstance(value, (Mapping, Sequence)) and not len(value)
 
 
 def _rule(entry: Any, label: str, problems: list[SpecError]) -> Rule | None:
     if isinstance(entry, Rule):
         return entry
     if not isinstance(entry, Mapping) or not {"match", "kind"} <= set(entry):
-        problems.append(SpecError(f"{label} must be a mapping with 'match' and 'kind', not {entry!r}"))
+        problems.append(SpecError(f"{label} must be a mapping with 'match' and 'kind', not {shown(entry)}"))
         return None
     if (
         not is_text_or_texts(entry["match"])
@@ -96,19 +131,23 @@ def _rule(entry: Any, label: str, problems: list[SpecError]) -> Rule | None:
         problems.append(OptionError(f"{label}: match and only are texts or lists of texts, kind is a text"))
         return None
     if not isinstance(entry.get("where") or {}, Mapping):
-        problems.append(OptionError(f"{label}: where must be a mapping, not {entry['where']!r}"))
+        problems.append(OptionError(f"{label}: where must be a mapping, not {shown(entry['where'])}"))
         return None
     if "self" in entry:
         problems.append(OptionError(f"{label}: unknown key 'self'"))
         return None
-    return Rule(**{str(key): value for key, value in entry.items()})
+    wrong = [key for key in entry if not isinstance(key, str)]
+    if wrong:
+        problems.append(OptionError(f"{label}: keys are texts, not {shown(wrong[0])}"))
+        return None
+    return Rule(**entry)
 
 
 def _unfreeze(entry: Any, label: str, problems: list[SpecError]) -> Unfreeze | None:
     if isinstance(entry, (str, Unfreeze)):
         return entry if isinstance(entry, Unfreeze) else Unfreeze(entry)
     if not isinstance(entry, Mapping) or not is_text_or_texts(entry.get("match")):
-        problems.append(SpecError(f"{label} must be a pattern or a mapping with 'match', not {entry!r}"))
+        problems.append(SpecError(f"{label} must be a pattern or a mapping with 'match', not {shown(entry)}"))
         return None
     problems += _unknown_keys(entry, ("match", "lr_mult"), label)
     return Unfreeze(entry["match"], entry.get("lr_mult", 1.0))

@@ -8,11 +8,12 @@ from torch import nn
 
 from ..adapters.options import AdapterOptions, read_options
 from ..adapters.registry import adapter_class
-from ..errors import PatternError, SpecError, raise_problems
+from ..errors import PatternError, SpecError, raise_problems, shown
 from ..hosts.model import unwrapped
 from ..hosts.modules import is_batchnorm_like, is_within
 from ..hosts.slots import base_class
 from .bypasses import bypassed
+from .globs import compile_glob
 from .plan import Plan
 from .selection import Candidate, Selection
 from .sites import Sites, Wanted, half_shared, lazy_modules, own_parameters
@@ -110,20 +111,23 @@ def _unfrozen(selection: Selection, problems: list[SpecError]) -> dict[str, floa
         if label in selection.check.unresolved:
             continue
         before = len(selection.problems)
-        excluded = [pattern[1:] for _, pattern in selection.spec.resolve(entry.match) if pattern.startswith("!")]
+        resolved = selection.spec.resolve(entry.match)
+        excluded = [compile_glob(pattern[1:]) for _, pattern in resolved if pattern.startswith("!")]
         for written, _, matched in selection.select(entry.match, label):
             below = [
                 each
                 for each in selection.candidates
                 if _trains(each.module) and any(_is_below(each, top) for top in matched)
             ]
-            names = [each.name for each in below if not any(each.matched_by(pattern) for pattern in excluded)]
+            names = [each.name for each in below if not any(map(each.matched_by, excluded))]
             if not names:
-                problems.append(PatternError(f"{label}: nothing that {written!r} matches has parameters to unfreeze"))
+                problems.append(
+                    PatternError(f"{label}: nothing that {shown(written)} matches has parameters to unfreeze")
+                )
             elif earlier.issuperset(names):
                 problems.append(
                     PatternError(
-                        f"{label}: {written!r} gets nothing, because earlier unfreeze entries already took all of it"
+                        f"{label}: {shown(written)} gets nothing, because earlier unfreeze entries already took all of it"
                     )
                 )
             for name in names:

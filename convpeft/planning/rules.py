@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters.options import read_options
+from ..adapters.options import fits, read_options
 from ..adapters.registry import LEAVE, adapter_class
 from ..convolution.geometry import PLAIN_HOSTS, ConvGeometry
-from ..errors import OptionError, PatternError, SpecError, closest
+from ..errors import OptionError, PatternError, SpecError, brief, closest, shown
 from ..hosts.slots import base_class
 from .globs import compile_glob
 
@@ -22,12 +22,14 @@ WHERE = {
     "groups": "a whole number",
     "depthwise": "true or false",
 }
+_MOST = 2**20  # channels, and the index of an output
 _RULE_KEYS = ("match", "kind", "place", "only", "where", "lr_mult", "channels", "output")
 
 
 def as_patterns(match: str | Iterable[str]) -> tuple[str, ...]:
     """Return one pattern, or several, as a tuple."""
-    return tuple(match) if isinstance(match, Iterable) and not isinstance(match, str) else (match,)
+    several = isinstance(match, Iterable) and not isinstance(match, (str, bytes, Mapping))
+    return tuple(match) if several else (match,)  # type: ignore[return-value]  # what is no text is a problem later
 
 
 class Rule:
@@ -68,7 +70,7 @@ class Rule:
         self.kind = kind
         self.place = place
         self.only = as_patterns(only)
-        self.where = dict(where or {})
+        self.where: dict[str, Any] = dict(where) if isinstance(where, Mapping) else {} if where is None else where
         self.lr_mult = lr_mult
         self.channels = channels
         self.output = output
@@ -82,8 +84,8 @@ class Rule:
             value = getattr(self, key)
             if value != default:
                 result[key] = shortest(value) if isinstance(value, tuple) else value
-        if self.where:
-            result["where"] = _plain(self.where)
+        if self.where or not isinstance(self.where, dict):
+            result["where"] = _plain(self.where) if isinstance(self.where, dict) else self.where
         return {**result, **_plain(self.options)}
 
     def passes(self, module: nn.Module) -> bool:
@@ -114,28 +116,35 @@ class Rule:
     def problems(self, label: str) -> list[SpecError]:
         """Return everything wrong with the rule, but for its patterns, that can be told without a model."""
         found = _check_lr_mult(self.lr_mult, label)
-        if self.place not in (None, "parallel", "output"):
-            found.append(OptionError(f"{label}: place must be 'parallel' or 'output', not {self.place!r}"))
-        if self.channels is not None and not (_is_whole(self.channels) and self.channels > 0):
-            found.append(OptionError(f"{label}: channels must be a whole number above 0, not {self.channels!r}"))
-        if self.output is not None and not (_is_whole(self.output) or isinstance(self.output, str)):
-            found.append(OptionError(f"{label}: output must be an index or a key, not {self.output!r}"))
+        if self.place is not None and not (isinstance(self.place, str) and self.place in ("parallel", "output")):
+            found.append(OptionError(f"{label}: place must be 'parallel' or 'output', not {shown(self.place)}"))
+        if not all(isinstance(each, str) for each in self.only):
+            found.append(OptionError(f"{label}: only is a class name or a list of them, not {shown(self.only)}"))
+        if self.channels is not None and not (is_whole(self.channels) and 0 < self.channels <= _MOST):
+            least = (
+                "a whole number above 0" if not is_whole(self.channels) or self.channels < 1 else f"at most {_MOST:,}"
+            )
+            found.append(OptionError(f"{label}: channels must be {least}, not {shown(self.channels)}"))
+        if self.output is not None and not is_output(self.output):
+            found.append(OptionError(f"{label}: output must be an index or a key, not {shown(self.output)}"))
         return found + _check_where(self.where, label) + self._kind_problems(label)
 
     def _kind_problems(self, label: str) -> list[SpecError]:
         if self.kind == LEAVE:
-            wrong = [f"{label}: kind 'leave' takes no option {key!r}.{_nearest_rule_key(key)}" for key in self.options]
+            wrong = [
+                f"{label}: kind 'leave' takes no option {shown(key)}.{_nearest_rule_key(key)}" for key in self.options
+            ]
             return [OptionError(problem) for problem in wrong]
         try:
             adapter = adapter_class(self.kind)
         except SpecError as error:
             return [type(error)(f"{label}: {error}")]
         found: list[SpecError] = []
-        if self.place in ("parallel", "output") and self.place not in adapter.places:
+        if isinstance(self.place, str) and self.place in ("parallel", "output") and self.place not in adapter.places:
             places = ", ".join(adapter.places)
             found.append(OptionError(f"{label}: kind {self.kind!r} has no place {self.place!r}, only {places}"))
         for problem in read_options(self.kind, adapter.Options, self.options)[1]:
-            unknown = [key for key in self.options if f"unknown key {key!r}" in str(problem)]
+            unknown = [key for key in self.options if f"unknown key {shown(key)} " in str(problem)]
             found.append(OptionError(f"{label}: {problem}{_nearest_rule_key(unknown[0]) if unknown else ''}"))
         return found
 
@@ -195,12 +204,12 @@ def is_text_or_texts(value: Any) -> bool:
 def check_patterns(patterns: Sequence[str], label: str) -> list[SpecError]:
     """Return what is wrong with the globs of a rule or an entry, each with its label."""
     found: list[SpecError] = []
-    positive = [pattern for pattern in patterns if not str(pattern).startswith("!")]
+    positive = [pattern for pattern in patterns if not (isinstance(pattern, str) and pattern.startswith("!"))]
     if not positive:
         found.append(SpecError(f"{label} needs at least one pattern that is not an exclusion"))
     for pattern in patterns:
         if not isinstance(pattern, str):
-            found.append(OptionError(f"{label}: a pattern is a text, not {pattern!r}"))
+            found.append(OptionError(f"{label}: a pattern is a text, not {shown(pattern)}"))
             continue
         try:
             if not pattern.removeprefix("!").startswith("@"):
@@ -212,43 +221,60 @@ def check_patterns(patterns: Sequence[str], label: str) -> list[SpecError]:
 
 def check_alias(name: str, patterns: Iterable[Any]) -> list[SpecError]:
     """Return what is wrong with the globs of a named position."""
+    if not isinstance(name, str):
+        return [OptionError(f"the name of an alias is a text, not {shown(name)}")]
     found: list[SpecError] = []
     for pattern in patterns:
         if not isinstance(pattern, str):
-            found.append(OptionError(f"alias '@{name}' must be a pattern or a list of patterns, not {pattern!r}"))
+            found.append(
+                OptionError(f"alias '@{brief(name)}' must be a pattern or a list of patterns, not {shown(pattern)}")
+            )
             continue
         if pattern.removeprefix("!").startswith("@"):
-            found.append(PatternError(f"alias '@{name}': {pattern!r} is another alias; write its patterns out"))
+            found.append(
+                PatternError(f"alias '@{brief(name)}': {shown(pattern)} is another alias; write its patterns out")
+            )
             continue
         try:
             compile_glob(pattern.removeprefix("!"))
         except SpecError as error:
-            found.append(type(error)(f"alias '@{name}': {error}"))
+            found.append(type(error)(f"alias '@{brief(name)}': {error}"))
     return found
 
 
-def _check_where(where: Mapping[str, Any], label: str) -> list[SpecError]:
+def _check_where(where: Any, label: str) -> list[SpecError]:
+    if not isinstance(where, Mapping):
+        return [OptionError(f"{label}: where must be a mapping, not {shown(where)}")]
     found: list[SpecError] = []
     for key, value in where.items():
         if key not in WHERE:
-            near = closest(str(key), WHERE)
+            near = closest(str(key), WHERE) if isinstance(key, str) else ""
             hint = f"Closest: {near}. " if near else ""
-            found.append(OptionError(f"{label}: unknown key {key!r} in where. {hint}Known: {', '.join(WHERE)}."))
+            found.append(OptionError(f"{label}: unknown key {shown(key)} in where. {hint}Known: {', '.join(WHERE)}."))
             continue
-        pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_whole, value))
-        number = _is_whole(value) or (key == "kernel_size" and pair)
-        fits = isinstance(value, bool) if key == "depthwise" else number
-        if not fits:
-            found.append(OptionError(f"{label}: {key} in where must be {WHERE[key]}, not {value!r}"))
+        pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_whole, value))
+        number = is_whole(value) or (key == "kernel_size" and pair)
+        if not (isinstance(value, bool) if key == "depthwise" else number):
+            found.append(OptionError(f"{label}: {key} in where must be {WHERE[key]}, not {shown(value)}"))
     return found
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Return whether a value is a whole number; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_output(value: Any) -> bool:
+    """Return whether a value can name an entry of a module's output: an index or a key."""
+    return (is_whole(value) and -_MOST <= value <= _MOST) or (isinstance(value, str) and len(value) <= 1000)
+
+
+def is_rate(value: Any) -> bool:
+    """Return whether a value can be a relative learning rate."""
+    return fits(value, float) and value >= 0
+
+
 def _check_lr_mult(lr_mult: Any, label: str) -> list[SpecError]:
-    number = isinstance(lr_mult, (int, float)) and not isinstance(lr_mult, bool)
-    if number and 0 <= lr_mult < float("inf"):
+    if is_rate(lr_mult):
         return []
-    return [OptionError(f"{label}: lr_mult must be a number of at least 0, not {lr_mult!r}")]
+    return [OptionError(f"{label}: lr_mult must be a number of at least 0, not {shown(lr_mult)}")]

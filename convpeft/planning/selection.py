@@ -10,13 +10,15 @@ from torch import nn
 from ..adapters.base import Place
 from ..adapters.registry import LEAVE, adapter_class
 from ..convolution.geometry import PLAIN_HOSTS
-from ..errors import PatternError, SpecError, closest, shortened
+from ..errors import PatternError, SpecError, closest, shortened, shown
 from ..hosts.modules import base_modules
 from ..hosts.slots import base_class
-from .globs import is_literal, matches
+from .globs import Glob, compile_glob, quoted
 from .rules import Rule
 from .sites import has_output
 from .spec import Spec
+
+_MOST_HINTS = 20  # dead patterns that closest names are searched for
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,9 @@ class Candidate:
         """The first of its names."""
         return self.names[0]
 
-    def matched_by(self, pattern: str) -> bool:
+    def matched_by(self, glob: Glob) -> bool:
         """Return whether any of its names matches a glob."""
-        return any(matches(pattern, name) for name in self.names)
+        return any(map(glob.matches, self.names))
 
 
 class Selection:
@@ -60,7 +62,7 @@ class Selection:
         self.by_name = {candidate.name: candidate for candidate in self.candidates}
         self.taken: dict[str, int] = {}
         self.chosen: list[tuple[Candidate, int, Rule, Place]] = []
-        self.shadowed: list[tuple[str, int, int]] = []
+        self.shadowed: dict[tuple[str, int, int], None] = {}
         self.left: list[str] = []
         self.problems: list[SpecError] = []
 
@@ -81,22 +83,24 @@ class Selection:
         """Return, for each positive pattern, ``(as written, exact names only, the modules it matches)``."""
         resolved = self.spec.resolve(patterns)
         excluding = [(written, pattern[1:]) for written, pattern in resolved if pattern.startswith("!")]
-        for written, pattern in excluding:
-            if not any(candidate.matched_by(pattern) for candidate in self.candidates):
+        excluded = [compile_glob(pattern) for _, pattern in excluding]
+        for (written, pattern), glob in zip(excluding, excluded, strict=True):
+            if not any(candidate.matched_by(glob) for candidate in self.candidates):
                 self._matches_nothing(label, written, pattern)
         selected: list[tuple[str, bool, list[Candidate]]] = []
         for written, pattern in resolved:
             if pattern.startswith("!"):
                 continue
-            matched = [candidate for candidate in self.candidates if candidate.matched_by(pattern)]
+            glob = compile_glob(pattern)
+            matched = [candidate for candidate in self.candidates if candidate.matched_by(glob)]
             if not matched:
                 self._matches_nothing(label, written, pattern)
                 continue
-            kept = [c for c in matched if not any(c.matched_by(pattern) for _, pattern in excluding)]
+            kept = [c for c in matched if not any(map(c.matched_by, excluded))] if excluded else matched
             if not kept:
-                self._note(f"{label}: every module {written!r} matches is excluded again by a '!' pattern")
+                self._note(f"{label}: every module {shown(written)} matches is excluded again by a '!' pattern")
                 continue
-            selected.append((written, is_literal(pattern), kept))
+            selected.append((written, glob.is_literal, kept))
         return selected
 
     def _deal(self, number: int, rule: Rule) -> None:
@@ -106,7 +110,7 @@ class Selection:
             narrowed = [candidate for candidate in matched if rule.passes(candidate.module)]
             if not narrowed:
                 none = f"none passes only/where ({rule.conditions()})"
-                self._note(f"{label}: {written!r} matches {len(matched)} modules, but {none}")
+                self._note(f"{label}: {shown(written)} matches {len(matched)} modules, but {none}")
                 continue
             if rule.kind == LEAVE:
                 served: list[tuple[Candidate, Place]] = [(candidate, "output") for candidate in narrowed]
@@ -120,11 +124,12 @@ class Selection:
                 winners = sorted({self.taken[candidate.name] for candidate, _ in served})
                 rules = ", ".join(f"rule {winner}" for winner in winners)
                 self._note(
-                    f"{label}: {written!r} gets nothing, because {rules} already took all {len(served)} modules it "
+                    f"{label}: {shown(written)} gets nothing, because {rules} already took all {len(served)} modules it "
                     "matches. The first rule wins: put the more particular rule first, or drop one."
                 )
+                continue
             lost = [(c.name, number, self.taken[c.name]) for c, _ in served if c.name in self.taken]
-            self.shadowed += [entry for entry in lost if entry not in self.shadowed]
+            self.shadowed.update(dict.fromkeys(lost))
             mine.update({candidate.name: (candidate, place) for candidate, place in free})
         for name, (candidate, place) in mine.items():
             self.taken[name] = number
@@ -159,15 +164,17 @@ class Selection:
         could = "output" in kind.places and rule.place is None
         hint = " For adapters on the output of these modules say place: output." if could else ""
         cannot = f"matches only modules that kind {rule.kind!r} cannot serve ({classes})"
-        self._note(f"{label}: {written!r} {cannot}; it serves {serves}.{hint}")
+        self._note(f"{label}: {shown(written)} {cannot}; it serves {serves}.{hint}")
 
     def _matches_nothing(self, label: str, written: str, pattern: str) -> None:
         adaptable = [name for c in self.candidates for name in c.names if isinstance(c.module, PLAIN_HOSTS)]
-        near = closest(pattern, adaptable) or closest(
-            pattern, [name for c in self.candidates for name in c.names if name]
-        )
+        near = ""
+        if len(self.problems) < _MOST_HINTS:
+            near = closest(pattern, map(quoted, adaptable)) or closest(
+                pattern, (quoted(name) for c in self.candidates for name in c.names if name)
+            )
         self._note(
-            f"{label}: {written!r} matches none of the {len(self.candidates)} modules ({len(adaptable)} adaptable layers) "
+            f"{label}: {shown(written)} matches none of the {len(self.candidates)} modules ({len(adaptable)} adaptable layers) "
             f"of {base_class(self.model).__name__}.{f' Closest: {near}.' if near else ''} "
             "List them with [name for name, _ in model.named_modules()]."
         )

@@ -10,8 +10,10 @@ from typing import Any
 
 import yaml
 
-from ..errors import OptionError, SpecError, closest, raise_problems
-from .parsing import _entries, _rule, _unfreeze, _unknown_keys, read_data, read_spec
+from ..errors import OptionError, SpecError, brief, closest, raise_problems, shown
+from .bounds import MOST_LETTERS, MOST_PATTERNS, MOST_RULES, check_data
+from .globs import compile_glob
+from .parsing import _entries, _rule, _unfreeze, _unknown_keys, is_empty, read_data, read_spec
 from .rules import Rule, Unfreeze, as_patterns, check_alias, check_patterns
 
 VERSION = 1
@@ -58,9 +60,15 @@ class Spec:
     aliases: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.rules = tuple(self.rules)
+        self.rules = _listed(self.rules, "rules")
+        for number, rule in enumerate(self.rules, 1):
+            if not isinstance(rule, Rule):
+                raise SpecError(f"rule {number} must be a Rule, not {shown(rule)}; Spec.from_dict reads plain data")
         entries = (self.unfreeze,) if isinstance(self.unfreeze, (str, Unfreeze)) else self.unfreeze
+        entries = _listed(entries, "unfreeze")
         self.unfreeze = tuple(entry if isinstance(entry, Unfreeze) else Unfreeze(entry) for entry in entries)
+        if not isinstance(self.aliases, Mapping):
+            raise SpecError(f"aliases must map names to patterns, not {shown(self.aliases)}")
         self.aliases = {name: as_patterns(value) for name, value in self.aliases.items()}
 
     @classmethod
@@ -110,17 +118,20 @@ class Spec:
     def _draft(cls, data: Mapping[str, Any], source: str) -> tuple[Spec, list[SpecError]]:
         if not isinstance(data, Mapping):
             raise SpecError(f"{source}: a spec is a mapping with 'rules', not {type(data).__name__}")
+        check_data(data)
         problems = _unknown_keys(data, _SPEC_KEYS, "the spec")
         version = data.get("version", VERSION)
-        if version != VERSION:
-            problems.append(SpecError(f"version {version!r} is not known; this convpeft reads version {VERSION}"))
+        if not isinstance(version, (int, float)) or version != VERSION:
+            problems.append(SpecError(f"version {shown(version)} is not known; this convpeft reads version {VERSION}"))
         rules = [_rule(entry, f"rule {number}", problems) for number, entry in _entries(data, "rules", problems)]
         unfreeze = [
             _unfreeze(entry, f"unfreeze {number}", problems) for number, entry in _entries(data, "unfreeze", problems)
         ]
-        aliases = data.get("aliases") or {}
-        if not isinstance(aliases, Mapping):
-            problems.append(SpecError("aliases must map names to patterns"))
+        aliases = data.get("aliases")
+        if aliases is None or is_empty(aliases):
+            aliases = {}
+        elif not isinstance(aliases, Mapping):
+            problems.append(SpecError(f"aliases must map names to patterns, not {shown(aliases)}"))
             aliases = {}
         spec = cls(
             [rule for rule in rules if rule],
@@ -163,16 +174,20 @@ class Spec:
         Args:
             complete: an empty spec is a problem, too.
         """
+        labelled: list[tuple[str, Rule | Unfreeze]] = [(f"rule {n}", rule) for n, rule in enumerate(self.rules, 1)]
+        labelled += [(f"unfreeze {n}", entry) for n, entry in enumerate(self.entries, 1)]
+        crowded = self._crowded([entry for _, entry in labelled])
+        if crowded is not None:
+            everything = frozenset(label for label, _ in labelled)
+            return SpecCheck((SpecError(crowded),), everything, everything)
         aliases = [problem for name, patterns in self.aliases.items() for problem in check_alias(name, patterns)]
         found: list[SpecError] = []
-        if self.norm not in NORMS:
-            found.append(OptionError(f"norm must be one of {', '.join(NORMS)}, not {self.norm!r}"))
+        if not isinstance(self.norm, str) or self.norm not in NORMS:
+            found.append(OptionError(f"norm must be one of {', '.join(NORMS)}, not {shown(self.norm)}"))
         if complete and not self.rules and not self.unfreeze and self.norm != "adapt":
             found.append(SpecError("the spec has no rules and unfreezes nothing: nothing would train"))
         found += aliases
         unresolved, unsound = set(), set()
-        labelled: list[tuple[str, Rule | Unfreeze]] = [(f"rule {n}", rule) for n, rule in enumerate(self.rules, 1)]
-        labelled += [(f"unfreeze {n}", entry) for n, entry in enumerate(self.entries, 1)]
         for label, entry in labelled:
             patterns = check_patterns(entry.match, label) + self._alias_problems(entry.match, label)
             others = entry.problems(label)
@@ -182,6 +197,23 @@ class Spec:
                 unsound.add(label)
             found += patterns + others
         return SpecCheck(tuple(found), frozenset(unresolved), frozenset(unsound))
+
+    def _crowded(self, entries: Sequence[Rule | Unfreeze]) -> str | None:
+        """Return why there is more in the spec than can be matched in a reasonable time, or None."""
+        if len(entries) > MOST_RULES:
+            return f"{len(entries):,} rules and unfreeze entries are too many, at most {MOST_RULES:,}; let patterns match more"
+        patterns = letters = 0
+        for entry in [*self.aliases.values(), *(entry.match for entry in entries)]:
+            for pattern in entry:
+                bare = pattern.removeprefix("!") if isinstance(pattern, str) else ""
+                patterns += max(1, len(self.aliases.get(bare[1:], ()))) if bare.startswith("@") else 1
+                letters += _size(pattern)
+        if patterns > MOST_PATTERNS or letters > MOST_LETTERS:
+            return (
+                f"its patterns are too many or too long: {patterns:,} with the aliases written out, at most {MOST_PATTERNS:,}; "
+                f"{letters:,} letters with the braces written out, at most {MOST_LETTERS:,}"
+            )
+        return None
 
     def resolve(self, patterns: Iterable[str]) -> list[tuple[str, str]]:
         """Return ``(as written, pattern)`` pairs with aliases replaced; an excluded alias excludes all it names."""
@@ -194,15 +226,29 @@ class Spec:
             resolved += [(f"{written} = {pattern}", excluded + pattern) for pattern in self.aliases[bare[1:]]]
         return resolved
 
-    def _alias_problems(self, patterns: Iterable[str], label: str) -> list[SpecError]:
+    def _alias_problems(self, patterns: Iterable[Any], label: str) -> list[SpecError]:
         found: list[SpecError] = []
-        bare = [str(pattern).removeprefix("!") for pattern in patterns]
+        bare = [pattern.removeprefix("!") for pattern in patterns if isinstance(pattern, str)]
         for name in (pattern[1:] for pattern in bare if pattern.startswith("@")):
             if name not in self.aliases:
                 near = closest(name, self.aliases)
                 hint = f"Closest: @{near}." if near else "Give aliases in the spec, or Spec.load(path, aliases=...)."
-                found.append(SpecError(f"{label}: no alias is named '@{name}'. {hint}"))
+                found.append(SpecError(f"{label}: no alias is named '@{brief(name)}'. {hint}"))
         return found
+
+
+def _listed(values: Any, name: str) -> tuple[Any, ...]:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise SpecError(f"{name} must be a list, not {shown(values)}")
+    return tuple(values)
+
+
+def _size(pattern: Any) -> int:
+    """Return how many letters a pattern has with its braces written out; one that is none counts as none."""
+    try:
+        return compile_glob(pattern.removeprefix("!")).size
+    except (AttributeError, SpecError):
+        return 0
 
 
 SpecLike = Spec | Mapping[str, Any] | str | Path
