@@ -70,6 +70,7 @@ class Adapter(nn.Module):
     Options: ClassVar[type[AdapterOptions]] = AdapterOptions
     merge_refusal: ClassVar[str | None] = None
     image_parts: ClassVar[str | None] = None
+    tries_itself: ClassVar[bool] = False  # ``refuses`` builds and runs adapters
     reads_host: bool = False
     form: str | None = None
 

@@ -6,25 +6,28 @@ import hashlib
 import json
 import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from ..adapters.options import fits, hints_of
+from ..adapters.options import MOST, MOST_SIZES, fits, hints_of
+from ..adapters.registry import file_refusal
 from ..convolution.geometry import LATER_FIELDS, ConvGeometry, output_geometry
-from ..errors import AdapterFileError, ConvPeftError, SpecError
+from ..errors import AdapterFileError, ConvPeftError, SpecError, brief, shown
 from ..hosts.records import LayerRecord
+from ..planning.parsing import strict_json
+from ..planning.rules import RULE_KEYS, is_output, is_rate
 from ..planning.spec import NORMS, Spec
 from .fingerprints import ALGORITHM
+from .reading import Entry, OpenFile, opened, shapes_by_layer
 
 FORMAT, VERSION = "convpeft", 1
 METADATA = "convpeft"  # key of the one text in a safetensors file's metadata
 ADAPTER, OWN = "adapter", "own"  # what a tensor belongs to: an adapter, or an unfrozen module
-_MOST_HEADER = 32 * 2**20  # bytes of safetensors header read at all; a real one has a few hundred kilobytes
-_MOST_OPTION = 2**16  # an option that is a number or a list may be as large as this in any file, however small
+_MOST_NAMED = 12  # problems in one error
+_LONGEST_NAME = 1000  # of an adapter
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class AdapterFile:
     owned: dict[str, float]
     norm: str
     base: dict[str, str]
-    tensors: dict[str, tuple[tuple[int, ...], str]]
+    tensors: dict[str, Entry]
     content: str
 
 
@@ -69,7 +72,7 @@ def seal(metadata: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def parse(data: Any, tensors: dict[str, tuple[tuple[int, ...], str]], path: Path) -> AdapterFile:
+def parse(data: Any, tensors: dict[str, Entry], path: Path) -> AdapterFile:
     """Return the metadata of a file, already read from its JSON, as an ``AdapterFile``.
 
     Args:
@@ -82,18 +85,18 @@ def parse(data: Any, tensors: dict[str, tuple[tuple[int, ...], str]], path: Path
         KeyError, TypeError, ValueError, AttributeError: if it is not even built like metadata.
     """
     if data["format"] != FORMAT:
-        raise AdapterFileError(f"{path}: format {data['format']!r} is not {FORMAT!r}")
+        raise AdapterFileError(f"{path}: format {shown(data['format'])} is not {FORMAT!r}")
     if type(data["version"]) is not int or data["version"] != VERSION:
         raise AdapterFileError(
-            f"{path}: file version {data['version']!r}; this convpeft reads version {VERSION}. Update convpeft?"
+            f"{path}: file version {shown(data['version'])}; this convpeft reads version {VERSION}. Update convpeft?"
         )
     if data["base"]["algorithm"] != ALGORITHM:
-        raise AdapterFileError(f"{path}: unknown digest {data['base']['algorithm']!r}, not {ALGORITHM!r}")
+        raise AdapterFileError(f"{path}: unknown digest {shown(data['base']['algorithm'])}, not {ALGORITHM!r}")
     if data["seal"] != seal(data):
         raise AdapterFileError(f"{path}: its metadata is not what was saved (digest differs): take the original file")
-    problems = list(_problems(data, sum(math.prod(shape) for shape, _ in tensors.values())))
+    problems = list(islice(_problems(data, tensors), _MOST_NAMED))
     if problems:
-        raise AdapterFileError(f"{path}: its metadata is not sound: {'; '.join(problems[:12])}")
+        raise AdapterFileError(f"{path}: its metadata is not sound: {'; '.join(problems)}")
     layers = {key: LayerRecord(**layer) for key, layer in data["layers"].items()}
     owned = {key: float(lr_mult) for key, lr_mult in data["owned"].items()}
     try:
@@ -105,43 +108,67 @@ def parse(data: Any, tensors: dict[str, tuple[tuple[int, ...], str]], path: Path
     )
 
 
-def _problems(data: dict[str, Any], elements: int) -> Iterator[str]:
-    """Yield what is of the wrong type or out of range in the metadata of a file with so many numbers in its tensors."""
+def _problems(data: dict[str, Any], tensors: Mapping[str, Entry]) -> Iterator[str]:
+    """Yield what is of the wrong type, out of range, or no file's business in the metadata of a file."""
     for key, kind in {"name": str, "content": str, "spec": dict, "layers": dict, "owned": dict}.items():
-        if not isinstance(data[key], kind):
-            yield f"{key} is {data[key]!r}"
+        if not isinstance(data[key], kind) or (key == "name" and len(data[key]) > _LONGEST_NAME):
+            yield f"{key} is {shown(data[key])}"
     base = data["base"]["layers"]
     if not isinstance(base, dict) or not all(isinstance(value, str) for value in base.values()):
         yield "the base's digests are no texts by layer"
-    if data["norm"] not in NORMS:
-        yield f"norm is {data['norm']!r}"
+    if not isinstance(data["norm"], str) or data["norm"] not in NORMS:
+        yield f"norm is {shown(data['norm'])}"
     layers, owned = (data[key] if isinstance(data[key], dict) else {} for key in ("layers", "owned"))
     if not layers and not owned:
         yield "it has neither adapted nor unfrozen layers, so it is no adapter"
     for key, lr_mult in owned.items():
-        if not fits(lr_mult, float) or lr_mult < 0:
-            yield f"unfrozen layer {key}: lr_mult is {lr_mult!r}"
+        if not is_rate(lr_mult):
+            yield f"unfrozen layer {brief(key)}: lr_mult is {shown(lr_mult)}"
+    shapes = shapes_by_layer(tensors, ADAPTER)
+    elements = sum(math.prod(shape) for shape, _ in tensors.values())
     for key, layer in layers.items():
-        for problem in _layer_problems(layer, max(elements, _MOST_OPTION)):
-            yield f"layer {key}: {problem}"
+        for problem in _layer_problems(layer, shapes.get(key, []), max(elements, MOST)):
+            yield f"layer {brief(key)}: {problem}"
+    rules = data["spec"].get("rules") if isinstance(data["spec"], dict) else None
+    for rule in rules if isinstance(rules, list) else ():
+        if isinstance(rule, dict) and isinstance(rule.get("kind"), str):
+            options = {key: value for key, value in rule.items() if key not in RULE_KEYS}
+            refusal = file_refusal(rule["kind"], options, MOST)
+            if refusal:
+                yield f"its spec: {refusal}"
 
 
-def _layer_problems(layer: Any, most: int) -> Iterator[str]:
+def _layer_problems(layer: Any, shapes: Sequence[tuple[int, ...]], most: int) -> Iterator[str]:
+    """Yield what is wrong with the record of a layer.
+
+    Args:
+        layer: its record.
+        shapes: of the tensors that the file brings for it.
+        most: an option that is a number may be as large as this.
+    """
     hints = hints_of(LayerRecord)
     if not isinstance(layer, dict) or set(layer) != set(hints):
         yield "it is no layer record"
         return
-    for key, hint in hints.items():
-        kind = dict if typing.get_origin(hint) is dict else hint
-        if not fits(layer[key], kind) or (key == "lr_mult" and layer[key] < 0):
-            yield f"{key} is {layer[key]!r}"
+    ranges = {"lr_mult": is_rate, "output": lambda value: value is None or is_output(value), "rule": _is_number}
+    wrong = [
+        key for key, hint in hints.items() if not fits(layer[key], dict if typing.get_origin(hint) is dict else hint)
+    ]
+    wrong += [key for key, is_in_range in ranges.items() if key not in wrong and not is_in_range(layer[key])]
+    if wrong:
+        yield ", ".join(f"{key} is {shown(layer[key])}" for key in wrong)
+        return
     if layer["place"] not in ("parallel", "output"):
-        yield f"place is {layer['place']!r}"
-    for key, value in layer["options"].items() if isinstance(layer["options"], dict) else ():
-        size = len(value) if isinstance(value, list) else value
-        if isinstance(size, int) and size > most:
-            yield f"option {key} of size {size:,} cannot be, the file is too small for it"
-    yield from _geometry_problems(layer["geometry"], layer["place"])
+        yield f"place is {shown(layer['place'])}"
+    for key, value in layer["options"].items():
+        size, allowed = (len(value), max(MOST_SIZES, len(shapes))) if isinstance(value, list) else (value, most)
+        if isinstance(size, int) and size > allowed:
+            yield f"option {brief(key)} of size {size:,} cannot be, the file is too small for it"
+    unsound = list(_geometry_problems(layer["geometry"], layer["place"]))
+    yield from unsound
+    refusal = None if unsound else file_refusal(layer["kind"], layer["options"], _largest(shapes, layer["geometry"]))
+    if refusal:
+        yield refusal
 
 
 def _geometry_problems(fields: Any, place: str) -> Iterator[str]:
@@ -150,11 +177,31 @@ def _geometry_problems(fields: Any, place: str) -> Iterator[str]:
         yield "its geometry is no geometry record"
         return
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    wrong = [key for key, value in values.items() if not fits(value, hints[key])]
+    wrong = [key for key, value in values.items() if not fits(value, hints[key]) or not _is_bounded(value)]
     if wrong or min(values["in_channels"], values["out_channels"]) < 1:
-        yield f"its geometry has {', '.join(f'{key} {values[key]!r}' for key in wrong or ('in_channels', 'out_channels'))}"
+        yield f"its geometry has {', '.join(f'{key} {shown(values[key])}' for key in wrong or ('in_channels', 'out_channels'))}"
     elif place == "output" and ConvGeometry(**values) != output_geometry(values["out_channels"], values["linear"]):
         yield "its geometry is not that of a module's output"
+
+
+def _is_number(value: Any) -> bool:
+    return 0 <= value < 2**31
+
+
+def _is_bounded(value: Any) -> bool:
+    """Return whether the numbers in a field of a geometry are such as layers have."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    return all(not isinstance(number, int) or abs(number) < 2**31 for number in numbers)
+
+
+def _largest(shapes: Sequence[tuple[int, ...]], geometry: dict[str, Any]) -> int:
+    """Return the largest size, a rank say, that the tensors of a layer can have been made with.
+
+    It is one of their dimensions, and the elements are at least as many as it times the channels of one side.
+    """
+    elements = sum(math.prod(shape) for shape in shapes)
+    largest = max((size for shape in shapes for size in shape), default=0)
+    return min(largest, 2 * elements // min(geometry["in_channels"], geometry["out_channels"]))
 
 
 def inspect_adapter(path: str | Path) -> AdapterFile:
@@ -163,41 +210,22 @@ def inspect_adapter(path: str | Path) -> AdapterFile:
     Raises:
         AdapterFileError: if it is missing, truncated, no adapter file, or of an unknown version.
     """
-    path = Path(path)
-    header = _header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            raw = (file.metadata() or {}).get(METADATA)
-            tensors = {key: (tuple(header[key]["shape"]), str(header[key]["dtype"])) for key in sorted(file.keys())}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise AdapterFileError(f"{path} is damaged or no safetensors file: {error}") from error
+    with opened(Path(path)) as file:
+        return described(file)
+
+
+def described(file: OpenFile) -> AdapterFile:
+    """Return what an open adapter file says of itself; see ``inspect_adapter``."""
+    raw, path = file.metadata.get(METADATA), file.path
     if raw is None:
         raise AdapterFileError(
             f"{path} is a safetensors file, but not one convpeft wrote (it has no {METADATA!r} metadata)"
         )
     try:
-        return parse(json.loads(raw), tensors, path)
+        return parse(strict_json(raw), file.tensors, path)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, ConvPeftError):
             raise
-        raise AdapterFileError(f"{path}: its metadata is damaged ({type(error).__name__}: {error})") from error
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """Return the safetensors header, its size bounded before anything is read."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(_MOST_HEADER, size - 8):
-                raise AdapterFileError(
-                    f"{path} is truncated or no safetensors file ({size:,} bytes, header said to be {length:,})"
-                )
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise AdapterFileError(f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:  # no text, no JSON, or a number of thousands of digits
-        raise AdapterFileError(f"{path} is damaged or no safetensors file: its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise AdapterFileError(f"{path} is no safetensors file: its header is a {type(header).__name__}")
-    return header
+        raise AdapterFileError(
+            f"{path}: its metadata is damaged ({type(error).__name__}: {brief(str(error))})"
+        ) from error

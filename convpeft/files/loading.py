@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..adapters.options import read_options
-from ..adapters.registry import adapter_class
+from ..adapters.base import Site
+from ..adapters.options import AdapterOptions, read_options
+from ..adapters.registry import adapter_class, make_adapter
 from ..convolution.geometry import ConvGeometry
-from ..errors import AdapterFileError, BaseMismatch, SpecError, shortened
+from ..errors import AdapterFileError, BaseMismatch, OptionError, SpecError, brief, shortened
 from ..hosts.model import unwrapped
 from ..hosts.modules import base_modules, unique_modules
 from ..hosts.records import AdapterRecord
@@ -23,13 +23,12 @@ from ..injection.install import Built, build, check_name, install
 from ..planning.bypasses import bypassed
 from ..planning.plan import PlannedLayer
 from ..planning.sites import Sites, Wanted, half_shared, lazy_modules
+from .dtypes import mixed_dtypes, norms_of
 from .fingerprints import digest, fingerprint
-from .header import ADAPTER, OWN, AdapterFile, inspect_adapter, tensor_key
+from .header import ADAPTER, OWN, AdapterFile, described, tensor_key
+from .reading import DTYPES, OpenFile, opened
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+_MOST_NAMED = 12  # problems in one error
 
 
 def load_adapter(
@@ -53,15 +52,18 @@ def load_adapter(
         StateError: if the name is taken.
     """
     path, root = Path(path), unwrapped(model)
-    file = inspect_adapter(path)
-    name = file.name if name is None else name
-    check_name(root, name)
-    modules = dict(base_modules(root))
-    sites = _sites(root, modules, file, path, trusting=not any_base)
-    if not any_base:
-        _check_base(root, file, path)
-    _check_tensors(modules, sites, file, path)
-    built = _built(modules, sites.layers, file, path, keep_dtype=not any_base)
+    with opened(path) as source:
+        file = described(source)
+        name = file.name if name is None else name
+        check_name(root, name)
+        modules = dict(base_modules(root))
+        sites = _sites(root, modules, file, path, trusting=not any_base)
+        if not any_base:
+            _check_base(root, file, path)
+        _check_tensors(modules, sites, file, path)
+        tensors = _read(source, file)
+        _check_dtypes(modules, sites, file, path)
+    built = _built(modules, sites.layers, file.owned, tensors, path, keep_dtype=not any_base)
     install(root, name, AdapterRecord(file.spec, file.layers, file.owned, file.norm), built, lean=lean)
     return file
 
@@ -79,7 +81,7 @@ def _sites(
     problems += sites.problems + half_shared(unique, {key: modules[key] for key in file.owned if key in modules})
     if problems:
         raise AdapterFileError(
-            f"{path} does not fit this {base_class(root).__name__}; the model is unchanged. {'; '.join(problems[:12])}"
+            f"{path} does not fit this {base_class(root).__name__}; the model is unchanged. {'; '.join(map(brief, problems[:_MOST_NAMED]))}"
         )
     return sites
 
@@ -94,12 +96,34 @@ def _wanted(modules: Mapping[str, nn.Module], file: AdapterFile, problems: list[
             options, found = read_options(record.kind, adapter_class(record.kind).Options, record.options)
         except SpecError as error:  # no such kind here
             options, found = None, [error]  # type: ignore[list-item]
+        geometry = ConvGeometry.from_dict(record.geometry)
+        place: Any = record.place
+        if options is not None and adapter_class(record.kind).tries_itself:
+            unlike = _unlike_its_tensors(file, name, Site(place, geometry), options)
+            if unlike is not None:
+                found, options = [OptionError(unlike)], None
         problems += [f"{name}: {problem}" for problem in found]
         if options is not None:
-            geometry = ConvGeometry.from_dict(record.geometry)
-            place: Any = record.place
             numbers = (record.rule, record.lr_mult, record.output)
             yield Wanted(name, module, "", record.kind, place, options, *numbers, None, geometry)
+
+
+def _unlike_its_tensors(file: AdapterFile, name: str, site: Site, options: AdapterOptions) -> str | None:
+    """Return how the tensors of a file differ from those of the adapter it asks for, by their shapes, or None.
+
+    For kinds that try themselves: what they would try is as large as what the file brings, or is not tried.
+    """
+    kind = file.layers[name].kind
+    try:
+        draft = make_adapter(kind, site, options, "meta")
+    except Exception:  # the reason is found, and said, when it is tried
+        return None
+    for key, tensor in draft.state_dict().items():
+        shape, _ = file.tensors.get(tensor_key(ADAPTER, name, key), (None, ""))
+        if shape != tuple(tensor.shape):
+            there = "missing" if shape is None else f"{shape} in the file"
+            return f"{tensor_key(ADAPTER, name, key)} is {there}; kind {kind!r} with these options makes {tuple(tensor.shape)}"
+    return None
 
 
 def _doubles(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator[str]:
@@ -131,25 +155,49 @@ def _check_tensors(modules: Mapping[str, nn.Module], sites: Sites, file: Adapter
         own = tensors_of(modules[name], BASE)
         wanted.update({tensor_key(OWN, name, key): tensor for key, tensor in own.items()})
     problems = [f"{key} is missing" for key in wanted if key not in file.tensors]
-    problems += [f"{key} is not expected" for key in file.tensors if key not in wanted]
+    problems += [f"{brief(key)} is not expected" for key in file.tensors if key not in wanted]
     for key in wanted.keys() & file.tensors.keys():
         (shape, saved), here = file.tensors[key], wanted[key]
         if shape != tuple(here.shape):
             problems.append(f"{key} is {shape} in the file, {tuple(here.shape)} here")
-        dtype = _DTYPES.get(saved)
+        dtype = DTYPES.get(saved)
         if dtype is None or (dtype != here.dtype and not (dtype.is_floating_point and here.is_floating_point())):
             problems.append(f"{key} has dtype {saved} in the file, {str(here.dtype).removeprefix('torch.')} here")
+    _raise(problems, path)
+
+
+def _check_dtypes(modules: Mapping[str, nn.Module], sites: Sites, file: AdapterFile, path: Path) -> None:
+    """Raise an AdapterFileError for a file with tensors that would not work beside one another."""
+    problems: list[str] = []
+    for layer in sites.layers:
+        draft = sites.draft(layer.kind, layer.site, layer.options)
+        own = {tensor_key(ADAPTER, layer.name, key): tensor for key, tensor in draft.state_dict().items()}
+        problems += mixed_dtypes(own, file.tensors, norms_of(draft, layer.name))
+    for name in file.owned:
+        own = {tensor_key(OWN, name, key): tensor for key, tensor in tensors_of(modules[name], BASE).items()}
+        problems += mixed_dtypes(own, file.tensors, {})
+    _raise(problems, path)
+
+
+def _raise(problems: list[str], path: Path) -> None:
+    """Raise an AdapterFileError that names the tensors that do not fit, if there are any."""
     if problems:
         raise AdapterFileError(
-            f"{path}: {len(problems)} tensors do not fit; the model is unchanged. {'; '.join(problems[:12])}"
+            f"{path}: {len(problems)} tensors do not fit; the model is unchanged. "
+            f"{'; '.join(map(brief, problems[:_MOST_NAMED]))}"
         )
 
 
 def _built(
-    modules: Mapping[str, nn.Module], layers: list[PlannedLayer], file: AdapterFile, path: Path, *, keep_dtype: bool
+    modules: Mapping[str, nn.Module],
+    layers: list[PlannedLayer],
+    owned: Iterable[str],
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    *,
+    keep_dtype: bool,
 ) -> Built:
     """Return what is to be installed, with the file's tensors: in their dtype on the very base, else in that of the model."""
-    tensors = _read(path, file)
 
     def saved(key: str, old: Tensor) -> Tensor:
         made = tensors[key].to(old.device, tensors[key].dtype if keep_dtype else old.dtype, copy=True)
@@ -158,21 +206,17 @@ def _built(
         return made
 
     with torch.random.fork_rng(devices=[]):
-        built = build(modules, layers, file.owned, lambda name, key, old: saved(tensor_key(OWN, name, key), old))
+        built = build(modules, layers, owned, lambda name, key, old: saved(tensor_key(OWN, name, key), old))
     for name, adapter in built.adapters.items():
         for key, tensor in adapter.state_dict(keep_vars=True).items():
             tensor.data = saved(tensor_key(ADAPTER, name, key), tensor)
     return built
 
 
-def _read(path: Path, file: AdapterFile) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in file.tensors}
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{path} is damaged: {error}") from error
-    if digest(sorted(tensors.items())) != file.content:
+def _read(source: OpenFile, file: AdapterFile) -> dict[str, Tensor]:
+    tensors = source.read()
+    if digest(tensors.items()) != file.content:
         raise AdapterFileError(
-            f"{path}: its tensors are not the ones that were saved (digest differs); the model is unchanged"
+            f"{source.path}: its tensors are not the ones that were saved (digest differs); the model is unchanged"
         )
     return tensors

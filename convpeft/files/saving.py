@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,18 +11,19 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from ..errors import AdapterFileError, StateError
+from ..errors import StateError
 from ..hosts.model import AdaptedModel
 from ..hosts.unfrozen import check_tensors_present
 from .fingerprints import ALGORITHM, digest, fingerprint, plain
 from .header import ADAPTER, FORMAT, METADATA, OWN, VERSION, seal, tensor_key
+from .writing import write
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path:
     """Write one adapter, with every tensor it unfroze, to a safetensors file, and return the path.
 
-    The file is written beside its final place and then moved there in one step: a crash leaves the old file. Of a model
-    that FSDP2 shards, all processes have to call this together.
+    The file is written beside its final place and then moved there in one step: a crash leaves the old file. A file that
+    is replaced keeps its mode, and a link stays a link. Of a model that FSDP2 shards, all processes have to call this together.
 
     Args:
         model: an injected model.
@@ -59,7 +58,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
     }
     text = json.dumps({**metadata, "seal": seal(json.loads(json.dumps(metadata)))})
     path = Path(path)
-    _write(path, safetensors_bytes({key: tensor.clone() for key, tensor in tensors.items()}, {METADATA: text}))
+    write(path, safetensors_bytes({key: tensor.clone() for key, tensor in tensors.items()}, {METADATA: text}))
     return path
 
 
@@ -71,26 +70,3 @@ def _tensors(adapted: AdaptedModel, name: str) -> Iterator[tuple[str, Tensor]]:
     for module, own in adapted.unfrozen(name):
         for key, tensor in own.items():
             yield tensor_key(OWN, module, key), tensor
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write bytes beside the path, flush them to the disk, and move them there in one step."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise AdapterFileError(f"{path} cannot be written: {error}") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)

@@ -43,7 +43,7 @@ def check_yaml(text: str) -> None:
 
 
 def _check_events(text: str, loader: Any) -> None:
-    anchors: dict[str, int] = {}
+    anchors: dict[str | None, int] = {}
     open_ones: list[tuple[str | None, int]] = []  # anchor, and the values before it
     count = 0
     for event in yaml.parse(text, Loader=loader):

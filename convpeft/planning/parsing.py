@@ -39,13 +39,23 @@ def _read(path: Path) -> Any:
         raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
     text = content.decode("utf-8")
     if path.suffix == ".json":
-        return json.loads(text, object_pairs_hook=_once, parse_int=whole_number)
+        return strict_json(text)
     check_yaml(text)
     return yaml.load(text, _FastLoader if is_long(text) else _Loader)
 
 
-def whole_number(digits: str) -> int:
-    """Return a whole number of a JSON text; one of thousands of digits takes long to read, and means nothing."""
+def strict_json(text: str) -> Any:
+    """Return the plain data of a JSON text.
+
+    Raises:
+        ValueError: if it is none, or says a key twice in one mapping.
+        RecursionError: if it is too deep.
+    """
+    return json.loads(text, object_pairs_hook=_once, parse_int=_whole)
+
+
+def _whole(digits: str) -> int:
+    """Return a whole number; one of thousands of digits would take long to read, and means nothing."""
     if len(digits) > 400:
         raise ValueError(f"it has a number of {len(digits):,} digits")
     return int(digits)

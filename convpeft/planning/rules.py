@@ -23,7 +23,7 @@ WHERE = {
     "depthwise": "true or false",
 }
 _MOST = 2**20  # channels, and the index of an output
-_RULE_KEYS = ("match", "kind", "place", "only", "where", "lr_mult", "channels", "output")
+RULE_KEYS = ("match", "kind", "place", "only", "where", "lr_mult", "channels", "output")
 
 
 def as_patterns(match: str | Iterable[str]) -> tuple[str, ...]:
@@ -192,7 +192,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nearest_rule_key(unknown: str) -> str:
-    near = closest(unknown, _RULE_KEYS, 1)
+    near = closest(unknown, RULE_KEYS, 1)
     return f" Or the rule's own key {near!r}?" if near else ""
 
 

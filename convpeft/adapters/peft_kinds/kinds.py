@@ -90,6 +90,7 @@ class PeftAdapter(Adapter):
 
     places = ("parallel",)
     reads_host = True
+    tries_itself = True
     method: str = ""
 
     def __init__(self, site: Site, options: PeftOptions) -> None:
