@@ -15,22 +15,25 @@ from torch import Tensor, nn
 
 
 class Filter(nn.Module):
-    """What ``nn.Conv2d`` computes, with a square kernel, stride 1 and zero padding."""
+    """What ``nn.Conv2d`` computes, with a square kernel, stride 1 and zero padding; its fields have the same names."""
 
     def __init__(self, inputs: int, outputs: int, size: int, *, padding: int = 0, groups: int = 1) -> None:
         super().__init__()
-        self.padding, self.groups = padding, groups
+        self.in_channels, self.out_channels, self.groups = inputs, outputs, groups
+        self.kernel_size, self.padding, self.stride, self.dilation = (size, size), (padding, padding), (1, 1), (1, 1)
+        self.padding_mode = "zeros"
         self.weight = nn.Parameter(torch.empty(outputs, inputs // groups, size, size))
         self.bias = nn.Parameter(torch.empty(outputs))
         _as_torch_does(nn.Conv2d, self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of a map ``(..., C, H, W)``."""
-        return F.conv2d(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         """Return the sizes."""
-        return f"{tuple(self.weight.shape)}, padding={self.padding}, groups={self.groups}"
+        sizes = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        return f"{sizes}, padding={self.padding}, groups={self.groups}"
 
 
 class Affine(nn.Module):
@@ -38,6 +41,7 @@ class Affine(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = True) -> None:
         super().__init__()
+        self.in_features, self.out_features = inputs, outputs
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
         _as_torch_does(nn.Linear, self)
@@ -48,7 +52,7 @@ class Affine(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the sizes."""
-        return f"{tuple(self.weight.shape)}, bias={self.bias is not None}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
 class Standardize(nn.Module):
@@ -70,12 +74,13 @@ class StandardizeMap(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.eps = 1e-5
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the standardised, scaled and shifted map, shaped like ``x``."""
-        return F.group_norm(x, 1, self.weight, self.bias, 1e-5)
+        return F.group_norm(x, 1, self.weight, self.bias, self.eps)
 
 
 def _as_torch_does(kind: Any, layer: nn.Module) -> None:
