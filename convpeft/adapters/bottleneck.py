@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .base import Adapter, Site
 from .branches import zeroed
+from .layers import Affine, Filter, StandardizeMap
 from .options import AdapterOptions, positive, probability
 from .registry import register_adapter
 
@@ -61,7 +62,7 @@ class Bottleneck(Adapter):
         channels = site.geometry.out_channels
         hidden = options.rank or max(1, channels // options.reduction)
         self.down = _pointwise(site, channels, hidden)
-        self.norm = nn.GroupNorm(1, hidden) if options.norm == "group" else nn.Identity()
+        self.norm = StandardizeMap(hidden) if options.norm == "group" else nn.Identity()
         self.dropout = nn.Dropout(options.dropout)
         self.up = zeroed(_pointwise(site, hidden, channels))
         self.gate = nn.Parameter(torch.full((1,), options.gate))
@@ -80,7 +81,7 @@ class Bottleneck(Adapter):
         return self.gate * self.up(self.dropout(F.gelu(self.norm(self.down(z)))))
 
 
-def _pointwise(site: Site, in_channels: int, out_channels: int) -> nn.Linear | nn.Conv2d:
+def _pointwise(site: Site, in_channels: int, out_channels: int) -> Affine | Filter:
     if site.geometry.linear:
-        return nn.Linear(in_channels, out_channels)
-    return nn.Conv2d(in_channels, out_channels, 1)
+        return Affine(in_channels, out_channels)
+    return Filter(in_channels, out_channels, 1)

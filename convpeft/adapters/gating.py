@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..convolution.nodes import is_compiling
 from .base import Adapter
+from .layers import Filter
 
 
 class Router(nn.Module):
@@ -21,7 +22,7 @@ class Router(nn.Module):
     def __init__(self, channels: int, experts: int, top_k: int, groups: int) -> None:
         super().__init__()
         self.top_k, self.groups = top_k, groups
-        self.score = nn.Conv2d(channels, groups * experts, 1, groups=groups)
+        self.score = Filter(channels, groups * experts, 1, groups=groups)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return gates and probabilities, each ``(..., groups, experts)``, in float32 or float64."""

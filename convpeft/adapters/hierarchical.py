@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .base import Adapter, Site
 from .branches import zeroed
+from .layers import Affine, Filter, Standardize
 from .options import AdapterOptions, positive, probability
 from .registry import register_adapter
 
@@ -70,8 +71,8 @@ class DoubleConv(nn.Module):
 
     def __init__(self, width: int, groups: int, gate: float) -> None:
         super().__init__()
-        self.first = nn.Conv2d(width, width, 3, padding=1, groups=groups)
-        self.second = nn.Conv2d(width, width, 3, padding=1, groups=groups)
+        self.first = Filter(width, width, 3, padding=1, groups=groups)
+        self.second = Filter(width, width, 3, padding=1, groups=groups)
         self.gate = nn.Parameter(torch.full((1,), gate))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -86,10 +87,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, mode: str, cells: int, gate: float) -> None:
         super().__init__()
         self.heads, self.mode, self.cells = heads, mode, cells
-        self.norm = nn.LayerNorm(width)
-        self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width)
+        self.norm = Standardize(width)
+        self.query = Affine(width, width, bias=False)
+        self.key_value = Affine(width, 2 * width, bias=False)
+        self.out = Affine(width, width)
         self.gate = nn.Parameter(torch.full((1,), gate))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -129,9 +130,9 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, gate: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.first = nn.Linear(width, hidden)
-        self.second = nn.Linear(hidden, width)
+        self.norm = Standardize(width)
+        self.first = Affine(width, hidden)
+        self.second = Affine(hidden, width)
         self.gate = nn.Parameter(torch.full((1,), gate))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -161,12 +162,12 @@ class Hierarchical(Adapter):
         channels = site.geometry.out_channels
         width = options.rank or max(1, channels // options.reduction)
         heads = _divisor(width, options.heads)
-        self.down = nn.Conv2d(channels, width, 1)
+        self.down = Filter(channels, width, 1)
         self.conv = DoubleConv(width, _divisor(width, options.conv_groups), options.gate)
         self.attention = Attention(width, heads, options.attention, options.cells, options.gate)
         self.mlp = Mlp(width, max(1, round(width * options.mlp_ratio)), options.gate)
         self.dropout = nn.Dropout(options.dropout)
-        self.up = zeroed(nn.Conv2d(width, channels, 1))
+        self.up = zeroed(Filter(width, channels, 1))
 
     @classmethod
     def refuses(cls, site: Site, options: HierarchicalOptions) -> str | None:
@@ -193,7 +194,7 @@ class Hierarchical(Adapter):
         return (pixels + self.mlp(pixels)).movedim(-1, -3)
 
 
-def _gated(layer: nn.Conv2d | nn.Linear, gate: Tensor) -> tuple[Tensor, Tensor]:
+def _gated(layer: Filter | Affine, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Return the layer's weight and bias times ``gate``: with them it computes ``gate`` times its output."""
     assert layer.bias is not None
     return layer.weight * gate, layer.bias * gate

@@ -21,6 +21,7 @@ from ..convolution.nodes import convolve_trained
 from .base import Site
 from .branches import Branch, shared_rank
 from .gating import RoutedAdapter, Router, weigh_by_group
+from .layers import Filter
 from .options import AdapterOptions, odd_kernels, positive, probability
 from .registry import register_adapter
 
@@ -67,8 +68,8 @@ class SqueezeExcite(nn.Module):
     def __init__(self, channels: int, squeeze: int, groups: int) -> None:
         super().__init__()
         hidden = groups * max(1, channels // groups // squeeze)
-        self.reduce = nn.Conv2d(channels, hidden, 1, groups=groups)
-        self.expand = nn.Conv2d(hidden, channels, 1, groups=groups)
+        self.reduce = Filter(channels, hidden, 1, groups=groups)
+        self.expand = Filter(hidden, channels, 1, groups=groups)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the scaled map."""
@@ -85,7 +86,7 @@ class SpatialAttention(nn.Module):
     def __init__(self, groups: int) -> None:
         super().__init__()
         self.groups = groups
-        self.conv = nn.Conv2d(2 * groups, groups, 7, padding=3, groups=groups)
+        self.conv = Filter(2 * groups, groups, 7, padding=3, groups=groups)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the scaled map."""

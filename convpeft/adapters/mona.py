@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .base import Adapter, Site
 from .branches import Branch, is_traced, sum_of_kernels, zeroed
+from .layers import Filter, Standardize
 from .options import AdapterOptions, odd_kernels, positive, probability
 from .registry import register_adapter
 
@@ -66,16 +67,16 @@ class Mona(Adapter):
     def __init__(self, site: Site, options: MonaOptions) -> None:
         super().__init__(site, options)
         channels, rank = site.geometry.out_channels, options.rank
-        self.norm = nn.LayerNorm(channels)
+        self.norm = Standardize(channels)
         self.norm_scale = nn.Parameter(torch.full((channels,), _NORM_START))
         self.input_scale = nn.Parameter(torch.ones(channels))
-        self.down = nn.Conv2d(channels, rank, 1)
+        self.down = Filter(channels, rank, 1)
         grid = site.geometry.with_channels(rank, rank, groups=rank)
         self.branches: Any = nn.ModuleList(Branch(grid.resized((k, k)), bias=True) for k in options.kernel_sizes)
         self.inner = grid.resized((max(options.kernel_sizes),) * 2)
-        self.mix = nn.Conv2d(rank, rank, 1)
+        self.mix = Filter(rank, rank, 1)
         self.dropout = nn.Dropout(options.dropout)
-        self.up = zeroed(nn.Conv2d(rank, channels, 1))
+        self.up = zeroed(Filter(rank, channels, 1))
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the update, shaped like ``z``."""

@@ -242,7 +242,7 @@ class _Norm(torch.autograd.Function):
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast casts a convolution's ``x`` to, or None if it is off or does not cast ``x``."""
     kind = x.device.type
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 or x.is_meta:  # autocast has nothing to do with the meta device
         return None
     if hasattr(torch, "get_autocast_dtype"):
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -57,6 +57,7 @@ class ModelState:
         norms: names of all BatchNorm-like modules.
         held: whether these are held in eval mode now; None before the first switch.
         routed: names of the adapters that samples go through inside ``route``; else None.
+        resting: how many blocks of ``using`` are open: inside one, nothing has to train.
     """
 
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class ModelState:
     norms: list[str] = field(default_factory=list)
     held: bool | None = None
     routed: tuple[str, ...] | None = None
+    resting: int = 0
 
     @property
     def running(self) -> tuple[str, ...]:

@@ -1,4 +1,7 @@
-"""The one child that convpeft gives a module: its adapters by name, and the tensors that are not shown at the moment."""
+"""What convpeft keeps in a module: its adapters by name, and the tensors that are not shown at the moment.
+
+It has the name of a child, ``convpeft``, in the keys of a state_dict, but is none that others meet (see ``children``).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from .records import ModelState
+
 SLOT = "convpeft"  # name of the child in the module
+HOME = "_convpeft"  # name of the module's attribute that holds it
 STASH = "_stash"  # name of the stored tensors in the child
 BASE = "_base"  # the owner of the module's own values
 Entry = int | str | None  # the adapted entry of a module's output; None: the output itself
@@ -20,7 +26,13 @@ class Swapped:
 
 
 class StoredTensors(nn.Module):
-    """Parameters and buffers of one owner that are not in the module now, under the module's own names."""
+    """Parameters and buffers of one owner that are not in the module now, under the module's own names.
+
+    Attributes:
+        copied: they began as copies of the base's.
+    """
+
+    copied = False
 
     def forward(self) -> None:
         """Never called: a store, not a layer."""
@@ -35,14 +47,20 @@ class Slots(nn.ModuleDict):
         outputs: by adapter, the entry of the module's output that it reads and adds to.
         owners: names of the adapters that bring their own values of this module's tensors.
         shown: the owner whose tensors are in the module now, or None for the base's.
+        followers: the owners whose values began as copies of the base's; each follows the base until it is trained.
         held: this norm stays in eval mode, whatever ``train()`` says.
         lean: save for backward only what a frozen layer's gradients need.
         router: sends the samples of a batch through their adapters, inside ``convpeft.route``; else None.
         wanted_training: the mode last asked for while held.
         loading: a state_dict is being loaded into the module.
+        state: the records of the model, which say what trains; None before an install is done.
+        key: the module's name in the model.
+        replicas: copies of the module that ``nn.DataParallel`` has made, and which wait for their copy of the slots.
     """
 
     loading = False
+    state: ModelState | None = None
+    key = ""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,9 +72,14 @@ class Slots(nn.ModuleDict):
         self.router: Any = None
         self.wanted_training = True
         self.outputs: dict[str, Entry] = {}
+        self.followers: tuple[str, ...] = ()
+        self.replicas: list[nn.Module] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # Module would refuse an attribute with the name of an adapter
+        if isinstance(value, nn.Module) and name in self._modules:  # a wrapper around an adapter, or a replica of it
+            self._modules[name] = value
+        else:
+            object.__setattr__(self, name, value)  # Module would refuse an attribute with the name of an adapter
 
     def adapters(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the adapters by name."""
@@ -97,11 +120,13 @@ class Slots(nn.ModuleDict):
     def put_owner(self, owner: str, tensors: StoredTensors) -> None:
         """Let ``owner`` bring its own values of the module's tensors, in place; they are not shown yet."""
         self.owners = (*self.owners, owner)
+        self.followers = (*self.followers, owner) if tensors.copied else self.followers
         self._modules.setdefault(STASH, Slots())._modules[owner] = tensors  # type: ignore[union-attr]
 
     def drop_stored(self, owner: str) -> None:
         """Forget an owner's store, in place; with the last owner the stores go altogether."""
         self.owners = tuple(name for name in self.owners if name != owner)
+        self.followers = tuple(name for name in self.followers if name != owner)
         if self.owners:
             self._modules[STASH]._modules.pop(owner, None)  # type: ignore[union-attr]
         else:
@@ -111,14 +136,13 @@ class Slots(nn.ModuleDict):
         """Return whether nothing is left here that the module's class must stay swapped for."""
         return not any(True for _ in self.adapters()) and not self.owners and not self.held
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        """Load as usual; an adapter without any entry in the checkpoint (a base checkpoint, say) stays as it is."""
-        for name, module in self._modules.items():
-            if module is None or name == STASH or any(key.startswith(f"{prefix}{name}.") for key in state_dict):
-                continue
-            for key, value in module.state_dict(keep_vars=True).items():
-                state_dict[f"{prefix}{name}.{key}"] = value
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.replicas = []
+        if self.replicas:
+            host: Any = self.replicas.pop(0)
+            host.__dict__[HOME] = host._modules.slots = replica
+        return replica
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
@@ -132,4 +156,4 @@ def slots_of(module: nn.Module) -> Slots | None:
     The swapped class decides, not the child: others hand children on to modules of their own
     (``nn.SyncBatchNorm.convert_sync_batchnorm``).
     """
-    return module._modules[SLOT] if isinstance(module, Swapped) else None  # type: ignore[return-value]
+    return module.__dict__.get(HOME) if isinstance(module, Swapped) else None

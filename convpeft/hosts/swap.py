@@ -1,42 +1,55 @@
 """Class swap, in and out: the user's module object stays, its class becomes ``Adapted<Base>`` and goes back again.
 
-The module keeps its parameters, buffers, hooks and identity. All that convpeft adds is in one child, see ``slots``.
+The module keeps its parameters, buffers, children, hooks and identity. All that convpeft adds is in its ``slots``.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from functools import cache
-from typing import Any
+from contextlib import nullcontext
+from functools import cache, wraps
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..convolution.nodes import is_convolution, is_norm, normalise
 from ..errors import HostError
+from .checkpoints import Load, load_slots, split_off
+from .children import hide, hide_again, is_walk, take_away
 from .forward import adapted_output, convolved
 from .guards import fusing_methods, refuse_another_bias, refusing
+from .keeping import kept_training, overrides_train, require_training
 from .modules import exact_copies
-from .slots import SLOT, Slots, Swapped, base_class, slots_of
-from .unfrozen import keep_shown, route_checkpoint, swap_in
+from .slots import HOME, SLOT, Slots, Swapped, base_class, slots_of
+from .unfrozen import keep_shown, swap_in
 
 
 class Adapted(Swapped):
-    """Mixin in front of a module's own class, ``adapted_from``; see ``adapted_class``."""
+    """Mixin in front of a module's own class, ``adapted_from``; see ``adapted_class``.
 
+    The slots are no child of the module (see ``children``), so its protocols are extended here: what torch does with the
+    children, each of these methods does with the slots as well.
+    """
+
+    _convpeft: Slots
     _modules: dict[str, Any]
     training: bool
+    has_own_train: ClassVar[bool]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's own output with the active adapters added; inside ``route``, each sample its own."""
-        slots: Slots = self._modules[SLOT]
+        slots = self._convpeft
         if slots.router is not None:
             return slots.router.run(self, slots, args, kwargs)
         return self.adapted_forward(*args, **kwargs)
 
     def adapted_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's own output with the active adapters added."""
-        slots: Slots = self._modules[SLOT]
+        slots = self._convpeft
+        if slots.training and (slots.active or slots.shown is not None):
+            require_training(self, slots)  # type: ignore[arg-type]
         own, left = self._own(args[0] if args else kwargs.get("input"), slots)
         if own is None:
             own, left = super().forward(*args, **kwargs), slots.active  # type: ignore[misc]
@@ -47,33 +60,87 @@ class Adapted(Swapped):
         return None, ()
 
     def train(self, mode: bool = True) -> Any:
-        """Set the training mode; a held norm stays in eval mode."""
-        slots: Slots = self._modules[SLOT]
+        """Set the training mode; a held norm stays in eval mode, and what trains goes on training."""
+        slots = self._convpeft
         slots.wanted_training = mode
-        super().train(mode)  # type: ignore[misc]
+        slots.train(mode)
+        with kept_training(self, mode) if self.has_own_train else nullcontext():  # type: ignore[arg-type]
+            super().train(mode)  # type: ignore[misc]
         if slots.held:
             self.training = False
         return self
+
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
+        """Yield the module and all below it with their names, adapters last."""
+        memo = set() if memo is None else memo
+        yield from super().named_modules(memo, prefix, remove_duplicate)  # type: ignore[misc]
+        if self._convpeft._modules:
+            hide_again(self)  # type: ignore[arg-type]
+            yield from self._convpeft.named_modules(memo, f"{prefix}.{SLOT}" if prefix else SLOT, remove_duplicate)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the module's own children with their names."""
+        yield from super().named_children()  # type: ignore[misc]
+        if is_walk(sys._getframe(1)) and self._convpeft._modules:
+            yield SLOT, self._convpeft
+
+    def children(self) -> Iterator[nn.Module]:
+        """Yield the module's own children."""
+        yield from super().children()  # type: ignore[misc]
+        if is_walk(sys._getframe(1)) and self._convpeft._modules:
+            yield self._convpeft
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's tensors by name, those of its adapters last."""
+        given = {**dict(zip(("destination", "prefix", "keep_vars"), args, strict=False)), **kwargs}
+        found = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        if self._convpeft._modules:
+            prefix = f"{given.get('prefix', '')}{SLOT}."
+            self._convpeft.state_dict(destination=found, prefix=prefix, keep_vars=given.get("keep_vars", False))
+        return found
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list
+    ) -> None:
+        slots, load = self._convpeft, Load(metadata, missing, unexpected, errors)
+        entries = split_off(self, slots, state_dict, prefix, load)  # type: ignore[arg-type]
+        slots.loading = True  # with assign=True a load sets parameters
+        try:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
+        finally:
+            slots.loading = False
+        load_slots(slots, entries, prefix, load)
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        if args[0] if args else kwargs.get("recurse", True):
+            self._convpeft._apply(fn)
+        return super()._apply(fn, *args, **kwargs)  # type: ignore[misc]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        if self._convpeft._modules:  # then it is replicated next
+            self._convpeft.replicas.append(replica)
+        return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         getstate = getattr(self, "__getstate__", None)
         return _unpickled, (self.adapted_from,), self.__dict__ if getstate is None else getstate()
 
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        if not self._convpeft._modules or not text.endswith(")"):
+            return text
+        name, _, inside = text.partition("(")
+        lines = inside[:-1].strip("\n").rstrip()
+        lines = lines if lines.startswith("  ") or not lines else "  " + lines
+        added = "  " + f"({SLOT}): {self._convpeft!r}".replace("\n", "\n  ")
+        return "\n".join(filter(None, [f"{name}(", lines, added, ")"]))
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register as usual, but refuse what fusing a norm into the layer would leave."""
         if name == "bias" and param is not None:
-            refuse_another_bias(self, self._modules.get(SLOT))
+            refuse_another_bias(self, self.__dict__.get(HOME))
         super().register_parameter(name, param)  # type: ignore[misc]
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        slots: Slots = self._modules[SLOT]
-        if slots.owners:
-            route_checkpoint(self, slots, state_dict, prefix, args[-1])  # type: ignore[arg-type]
-        slots.loading = True  # with assign=True a load sets parameters
-        try:
-            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
-        finally:
-            slots.loading = False
 
 
 class _AdaptedConv(Adapted):
@@ -91,48 +158,18 @@ class _AdaptedNorm(Adapted):
 
 
 class _AdaptedSequence(Adapted):
-    """For ``nn.Sequential`` and ``nn.ModuleList``: the extra child is no step of it."""
+    """For ``nn.Sequential`` and ``nn.ModuleList``, which replace the dict of their children when one is deleted."""
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter([module for name, module in self._modules.items() if name != SLOT])
-
-    def __len__(self) -> int:
-        return len(self._modules) - 1
-
-    def __getitem__(self, index: int | slice) -> Any:
-        plain = list(self)
-        if isinstance(index, slice):
-            names = [name for name in self._modules if name != SLOT][index]
-            picked = nn.Sequential() if isinstance(self, nn.Sequential) else nn.ModuleList()
-            for name, module in zip(names, plain[index], strict=True):
-                picked._modules[name] = module
-            return picked
-        return plain[index]
+    def __delitem__(self, index: int | slice) -> None:
+        super().__delitem__(index)  # type: ignore[misc]
+        hide_again(self)  # type: ignore[arg-type]
 
 
 class _AdaptedModuleDict(Adapted):
-    """For ``nn.ModuleDict`` with a forward of its own: the extra child is no entry of it."""
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+    """For ``nn.ModuleDict``, which asks the dict of its children what its entries are."""
 
     def __contains__(self, key: str) -> bool:
-        return key in self.keys()
-
-    def __len__(self) -> int:
-        return len(self._modules) - 1
-
-    def keys(self) -> Any:
-        """Return the names of the entries."""
-        return dict(self.items()).keys()
-
-    def values(self) -> Any:
-        """Return the entries."""
-        return dict(self.items()).values()
-
-    def items(self) -> Any:
-        """Return the entries with their names."""
-        return {name: module for name, module in self._modules.items() if name != SLOT}.items()
+        return key != SLOT and super().__contains__(key)  # type: ignore[misc]
 
 
 @cache
@@ -148,8 +185,21 @@ def adapted_class(base: Any) -> Any:
     elif is_norm(base):
         mixin = _AdaptedNorm
     body: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, "adapted_from": base}
+    body.update(has_own_train=overrides_train(base), __init__=_own_class_instead(base))
     body.update({method: refusing(method) for method in fusing_methods(base)})
     return type(f"Adapted{base.__name__}", (mixin, base), body)
+
+
+def _own_class_instead(base: Any) -> Any:
+    """Return a constructor that makes a plain ``base``: for a module's own ``type(self)(...)``, a slice for example."""
+
+    @wraps(base.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if HOME not in self.__dict__:
+            self.__class__ = base
+        base.__init__(self, *args, **kwargs)
+
+    return __init__
 
 
 def adapt(module: nn.Module) -> Slots:
@@ -164,22 +214,25 @@ def adapt(module: nn.Module) -> Slots:
     base: Any = type(module)
     slots = Slots()
     slots.wanted_training = slots.training = module.training
+    hide(module, slots)
     try:
         module.__class__ = adapted_class(base)
-    except TypeError as error:
-        raise HostError(f"{base.__name__} does not allow its class to be extended: {error}") from error
-    module._modules[SLOT] = slots
+    except BaseException as error:
+        take_away(module)
+        if isinstance(error, TypeError):
+            raise HostError(f"{base.__name__} does not allow its class to be extended: {error}") from error
+        raise
     return slots
 
 
 def restore(module: nn.Module) -> None:
-    """Give the module its own class back and take out the ``convpeft`` child, in place."""
+    """Give the module its own class back and take out all that convpeft keeps in it, in place."""
     slots = slots_of(module)
     if slots is None:
         return
     swap_in(module, None)
     module.__class__ = restored_class(module)
-    del module._modules[SLOT]
+    take_away(module)
     if slots.held:
         module.training = slots.wanted_training
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..errors import StateError, shortened
-from .slots import BASE, SLOT, STASH, Slots, StoredTensors, base_class, slots_of
+from .slots import BASE, STASH, StoredTensors, base_class, slots_of
 
 _UNDO = "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations, remove_weight_norm)"
 Owners = Mapping[str, tuple[nn.Module, str | None]]  # by module name: the module, and whose values it is to show
@@ -43,7 +43,7 @@ def keep_shown(module: nn.Module) -> None:
     """Make the values shown now the module's only ones, in place: every other owner's, and the base's, are dropped."""
     slots = slots_of(module)
     if slots is not None and slots.owners:
-        slots.owners, slots.shown = (), None
+        slots.owners, slots.shown, slots.followers = (), None, ()
         del slots._modules[STASH]
 
 
@@ -111,43 +111,3 @@ def _is_sharded(root: nn.Module) -> bool:
     if "torch.distributed.fsdp" not in sys.modules:
         return False
     return any(base.__name__ == "FSDPModule" for module in root.modules() for base in type(module).__mro__)
-
-
-def route_checkpoint(module: nn.Module, slots: Slots, state_dict: dict, prefix: str, errors: list[str]) -> None:
-    """Rewrite a checkpoint's entries for a module with owners, in place, so that each value finds its owner.
-
-    A base checkpoint goes to the base, wherever the base's values are now; a checkpoint that was saved while another
-    adapter was active is sorted by owner; where nothing tells whose the plain entries are, that is one of the ``errors``
-    torch will raise.
-
-    Args:
-        module: that the checkpoint is loaded into.
-        slots: of the module.
-        state_dict: torch's private copy for this call.
-        prefix: of the module's entries in it.
-        errors: takes what is wrong.
-    """
-    shown = slots.shown or BASE
-    tensors = {owner: tensors_of(module, owner) for owner in (BASE, *slots.owners)}
-    owners, names = list(tensors), list(tensors[shown])
-    stash = f"{prefix}{SLOT}.{STASH}."
-    present = {key[len(stash) :].split(".", 1)[0] for key in state_dict if key.startswith(stash)}
-    if not present:
-        stated = {BASE: prefix}
-    else:
-        absent = [owner for owner in owners if owner not in present]
-        stated = {owner: f"{stash}{owner}." for owner in owners if owner in present}
-        if len(absent) == 1:
-            stated[absent[0]] = prefix
-        elif absent:
-            stated = {}
-            errors.append(
-                f"{prefix.removesuffix('.') or '(root)'}: the checkpoint was saved with other adapters than "
-                f"{', '.join(map(repr, owners[1:]))}, so nothing tells whose its plain entries are. Resume with the "
-                "adapters it was saved with, or use convpeft.save_adapter and convpeft.load_adapter."
-            )
-    values = {owner: {n: state_dict.pop(at + n) for n in names if at + n in state_dict} for owner, at in stated.items()}
-    for owner in owners:
-        at = prefix if owner == shown else f"{stash}{owner}."
-        for name, value in (values.pop(owner) if owner in values else tensors[owner]).items():
-            state_dict[at + name] = value

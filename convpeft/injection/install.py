@@ -11,6 +11,7 @@ from ..adapters.base import Adapter
 from ..adapters.registry import make_adapter
 from ..errors import HostError, StateError
 from ..hosts.guards import can_be_lean, fusing_methods, swap_refusal
+from ..hosts.keeping import overrides_train
 from ..hosts.model import ATTRIBUTE, AdaptedModel
 from ..hosts.modules import device_and_dtype, is_batchnorm_like, is_within, unique_modules
 from ..hosts.records import AdapterRecord, ModelState
@@ -73,6 +74,7 @@ def build(
     stores: dict[str, StoredTensors] = {}
     for name in unfrozen:
         stores[name] = store = StoredTensors()
+        store.copied = value_of is None
         for key, tensor in tensors_of(modules[name], BASE).items():
             is_parameter = isinstance(tensor, nn.Parameter)
             if id(tensor) not in made:
@@ -121,7 +123,8 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
         for key, tensors in built.tensors.items():
             model.slots(key).put_owner(name, tensors)
         for key in state.swapped:
-            model.slots(key).lean = lean
+            slots = model.slots(key)
+            slots.lean, slots.state, slots.key = lean, state, key
         state.adapters[name] = record
         root.__dict__[ATTRIBUTE] = state
         for parameter in root.parameters():
@@ -138,14 +141,16 @@ def _to_swap(
 ) -> dict[str, None]:
     """Return the names of all modules whose class must be swapped, in order.
 
-    Those are hosts, unfrozen modules, norms, and parents whose methods could fuse hosts away; with ``lean``, frozen
-    layers that can save less for backward.
+    Those are hosts, unfrozen modules, norms, and parents whose methods could fuse hosts away or freeze what trains; with
+    ``lean``, frozen layers that can save less for backward.
     """
     wanted = dict.fromkeys([*record.layers, *record.owned, *state.norms])
     if lean:
         wanted.update({key: None for key, module in modules if can_be_lean(module)})
     for key, module in modules:
         if fusing_methods(module) and any(is_within(host, key) for host in record.layers):
+            wanted[key] = None
+        if overrides_train(module) and any(is_within(each, key) for each in (*record.layers, *record.owned)):
             wanted[key] = None
     return wanted
 

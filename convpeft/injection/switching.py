@@ -51,9 +51,11 @@ def using(model: nn.Module, names: str | Iterable[str] | None) -> Iterator[nn.Mo
     state = adapted.state
     before, trained = state.active, state.trained
     switch(adapted, names_of(adapted, names))
+    state.resting += 1
     try:
         yield model
     finally:
+        state.resting -= 1
         now = AdaptedModel.find(adapted.root)
         if now is not None and now.state is state:  # else all was ejected inside
             switch(now, tuple(name for name in before if name in state.adapters))

@@ -111,8 +111,9 @@ class TestHosts:
             assert list(host) == steps
             assert len(host) == 3
             assert host[-1] is steps[-1]
-            assert list(host[1:]) == steps[1:]
-            assert list(host[:2].state_dict()) == [key for key in host.state_dict() if key[0] in "01"]
+            if type(host).__bases__[-1] is nn.Sequential:
+                assert list(host[1:]) == steps[1:]
+                assert list(host[:2].state_dict()) == [key for key in host.state_dict() if key[0] in "01"]
             convpeft.eject(model)
             assert list(host) == steps
 
@@ -145,7 +146,7 @@ class TestHosts:
         with_lora(model, "0", place="output")
         assert torch.equal(model(x), own + host.convpeft.default(own))
         assert list(host) == steps
-        assert type(host[:1]) is nn.ModuleList
+        assert type(host[:1]) is Steps
         assert list(host[:1]) == steps[:1]
         assert type(convpeft.eject(model)[0]) is Steps
 

@@ -47,9 +47,9 @@ def rep_mona(
 
 def bottleneck(z: Tensor, down: nn.Module, norm: nn.Module, up: nn.Module, gate: float) -> Tensor:
     """``g * up(GELU(norm(down z)))`` with GELU by its definition ``h * Phi(h)``; arXiv:1902.00751, fig. 2."""
-    last = isinstance(down, nn.Linear)
+    last = down.weight.ndim == 2
     hidden = _affine(z.double(), down, last)
-    if isinstance(norm, nn.GroupNorm):
+    if not isinstance(norm, nn.Identity):
         flat = hidden.flatten(1)
         mean, variance = flat.mean(1), flat.var(1, unbiased=False)
         hidden = (hidden - mean.view(-1, 1, 1, 1)) / (variance.view(-1, 1, 1, 1) + norm.eps).sqrt()
