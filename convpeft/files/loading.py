@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..adapters.options import read_options
 from ..adapters.registry import adapter_class
 from ..convolution.geometry import ConvGeometry
+from ..convolution.precision import floating_dtype
 from ..errors import AdapterFileError, BaseMismatch, SpecError, shortened
 from ..hosts.model import unwrapped
 from ..hosts.modules import base_modules, unique_modules
@@ -33,7 +34,13 @@ _DTYPES = {
 
 
 def load_adapter(
-    model: nn.Module, path: str | Path, *, name: str | None = None, any_base: bool = False, lean: bool = True
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    any_base: bool = False,
+    lean: bool = True,
+    dtype: torch.dtype | str | None = None,
 ) -> AdapterFile:
     """Put the adapter of a file into the model in place, make it the active one, and return what the file says.
 
@@ -46,13 +53,14 @@ def load_adapter(
         name: to give it here; unset, the one it was saved under.
         any_base: accept a base with other weights (the layers' shapes must fit all the same).
         lean: see ``inject``.
+        dtype: of the adapters' parameters, see ``inject``; unset, that of the file, or with ``any_base`` that of the layers.
 
     Raises:
         AdapterFileError: if the file is damaged or does not fit; the text says which layers.
         BaseMismatch: if the base has other weights; its ``layers`` are exactly those that differ.
         StateError: if the name is taken.
     """
-    path, root = Path(path), unwrapped(model)
+    path, root, wanted = Path(path), unwrapped(model), floating_dtype(dtype)
     file = inspect_adapter(path)
     name = file.name if name is None else name
     check_name(root, name)
@@ -61,7 +69,7 @@ def load_adapter(
     if not any_base:
         _check_base(root, file, path)
     _check_tensors(modules, sites, file, path)
-    built = _built(modules, sites.layers, file, path, keep_dtype=not any_base)
+    built = _built(modules, sites.layers, file, path, keep_dtype=not any_base, dtype=wanted)
     install(root, name, AdapterRecord(file.spec, file.layers, file.owned, file.norm), built, lean=lean)
     return file
 
@@ -146,22 +154,31 @@ def _check_tensors(modules: Mapping[str, nn.Module], sites: Sites, file: Adapter
 
 
 def _built(
-    modules: Mapping[str, nn.Module], layers: list[PlannedLayer], file: AdapterFile, path: Path, *, keep_dtype: bool
+    modules: Mapping[str, nn.Module],
+    layers: list[PlannedLayer],
+    file: AdapterFile,
+    path: Path,
+    *,
+    keep_dtype: bool,
+    dtype: torch.dtype | None,
 ) -> Built:
-    """Return what is to be installed, with the file's tensors: in their dtype on the very base, else in that of the model."""
+    """Return what is to be installed, with the file's tensors: in their dtype on the very base, else in that of the model.
+
+    ``dtype`` is that of the adapters in either case, if it is given.
+    """
     tensors = _read(path, file)
 
-    def saved(key: str, old: Tensor) -> Tensor:
-        made = tensors[key].to(old.device, tensors[key].dtype if keep_dtype else old.dtype, copy=True)
+    def saved(key: str, old: Tensor, keep: bool = keep_dtype) -> Tensor:
+        made = tensors[key].to(old.device, tensors[key].dtype if keep else old.dtype, copy=True)
         if made.dtype != tensors[key].dtype and not torch.equal(made.isfinite().cpu(), tensors[key].isfinite()):
             raise AdapterFileError(f"{path}: {key} overflows {made.dtype}; the model is unchanged")
         return made
 
     with torch.random.fork_rng(devices=[]):
-        built = build(modules, layers, file.owned, lambda name, key, old: saved(tensor_key(OWN, name, key), old))
+        built = build(modules, layers, file.owned, lambda name, key, old: saved(tensor_key(OWN, name, key), old), dtype)
     for name, adapter in built.adapters.items():
         for key, tensor in adapter.state_dict(keep_vars=True).items():
-            tensor.data = saved(tensor_key(ADAPTER, name, key), tensor)
+            tensor.data = saved(tensor_key(ADAPTER, name, key), tensor, keep_dtype and dtype is None)
     return built
 
 
