@@ -35,6 +35,8 @@ class Branch(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the branch's output, ``(N, rank, H', W')``, or ``(rank, H', W')`` for an input without a batch."""
         maps = self.geometry.convolve(hidden, self.weight, self.bias)
+        if isinstance(self.norm, nn.BatchNorm2d):
+            follow_weight(self.norm)
         if maps.__class__ is Tensor and maps.ndim == 3 and not isinstance(self.norm, nn.Identity):  # no batch
             return self.norm(maps.unsqueeze(0)).squeeze(0)
         return self.norm(maps)
@@ -48,6 +50,13 @@ class Branch(nn.Module):
         gain = exact(self.norm.weight) / (exact(self.norm.running_var) + self.norm.eps).sqrt()
         shift = exact(self.norm.bias) + (bias - exact(self.norm.running_mean)) * gain
         return weight * gain.view(-1, 1, 1, 1), shift
+
+
+def follow_weight(norm: nn.BatchNorm2d) -> None:
+    """Bring a norm's running statistics to the dtype of its weight, in place; torch refuses some mixtures of the two."""
+    mean, variance, dtype = norm.running_mean, norm.running_var, norm.weight.dtype
+    if mean is not None and variance is not None and mean.dtype != dtype:
+        norm.running_mean, norm.running_var = mean.to(dtype), variance.to(dtype)
 
 
 def sum_of_kernels(branches: Iterable[Branch], host_size: Pair, size: Pair) -> Tensor:

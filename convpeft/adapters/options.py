@@ -58,6 +58,21 @@ def odd_kernels(sizes: tuple[int, ...]) -> Iterator[str]:
             yield f"kernel_sizes must be at most {_WIDEST:,}, not {shown(size)}"
 
 
+def plain(value: Any) -> Any:
+    """Return a value with numpy's numbers and arrays as Python's own, which a file can hold; all else is as it was.
+
+    Example:
+        >>> import numpy
+        >>> plain((numpy.int64(8), numpy.array([3, 5])))
+        (8, [3, 5])
+    """
+    if type(value).__module__ == "numpy":
+        return value.tolist()
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return {key: plain(each) for key, each in value.items()} if type(value) is dict else value
+
+
 def read_options(
     kind: str, options: type[AdapterOptions], raw: Mapping[str, Any]
 ) -> tuple[AdapterOptions | None, list[OptionError]]:
@@ -76,7 +91,8 @@ def read_options(
         if not isinstance(key, str):
             problems.append(f"keys of kind {kind!r} are texts, not {shown(key)}")
             continue
-        given: Any = tuple(value) if isinstance(value, list) else value
+        given: Any = plain(value)
+        given = tuple(given) if isinstance(given, list) else given
         if key not in known:
             near = closest(key, known)
             hint = f"Closest: {near}. " if near else ""

@@ -153,7 +153,7 @@ def factor_gradients(
         return dx, d_down, d_up
     x = saved if remake is None else remake(saved)
     if form == "weight":
-        return _through_weight(grad, x, weight, down, up, conv, needs_input)
+        return gradients_by_kernel(grad, x, weight, down, up, conv, needs_input)
     assert hidden is not None
     d_hidden, d_up = both_gradients(grad, hidden, up, _POINTWISE._replace(groups=conv.groups))
     if not needs_input:
@@ -201,15 +201,20 @@ def _summed_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, conv: C
     return _down_gradient(d_hidden, x, down, conv), d_up
 
 
-def _through_weight(
+def gradients_by_kernel(
     grad: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, conv: ConvArgs, needs_input: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the gradients of the input, A and B by way of the whole kernel's: ``dA = B' dW``, ``dB = dW A'``."""
+    """Return the gradients of the input, A and B by way of the whole kernel's: ``dA = B' dW``, ``dB = dW A'``.
+
+    Nothing is written in place, and no memory format is looked at, so the gradients can be differentiated again, and
+    ``grad`` may be a batch of gradients (``vmap``).
+    """
     dx, d_weight = conv.backward(grad, x, whole_kernel(weight, down, up, conv.groups), (needs_input, True))
-    per_group = (conv.groups, -1)
-    d_kernel = d_weight.flatten(1).unflatten(0, per_group)
-    left, right = up.flatten(1).unflatten(0, per_group), down.flatten(1).unflatten(0, per_group)
-    d_down, d_up = left.transpose(1, 2) @ d_kernel, d_kernel @ right.transpose(1, 2)
+    d_kernel, left, right = (
+        kernel.reshape(conv.groups, shape[0] // conv.groups, -1)
+        for kernel, shape in ((d_weight, weight.shape), (up, up.shape), (down, down.shape))
+    )
+    d_down, d_up = torch.bmm(left.transpose(1, 2), d_kernel), torch.bmm(d_kernel, right.transpose(1, 2))
     return dx, d_down.reshape(down.shape), d_up.reshape(up.shape)
 
 

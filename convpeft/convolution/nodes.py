@@ -15,8 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .geometry import ConvGeometry
-from .low_rank import ConvArgs, Factors, add_pointwise, both_gradients, conv_or_matmul, factor_gradients, whole_kernel
-from .origins import Origin, origin_of
+from .low_rank import (
+    ConvArgs,
+    Factors,
+    add_pointwise,
+    both_gradients,
+    conv_or_matmul,
+    factor_gradients,
+    gradients_by_kernel,
+    whole_kernel,
+)
+from .origins import Origin, Recall, origin_of
+from .precision import autocast_dtype, without_autocast
 
 # torch 2.1 has the latter
 is_compiling: Any = getattr(torch.compiler, "is_compiling", None) or getattr(
@@ -38,7 +48,7 @@ def serves(module_class: type) -> bool:
 
 def is_convolution(module_class: type) -> bool:
     """Return whether a class is a ``Conv2d`` with torch's own forward; its constructor may be another one."""
-    if not issubclass(module_class, nn.Conv2d):
+    if not issubclass(module_class, nn.Conv2d) or _computes_tensors(module_class):
         return False
     return module_class.forward is nn.Conv2d.forward and module_class._conv_forward is nn.Conv2d._conv_forward
 
@@ -46,7 +56,19 @@ def is_convolution(module_class: type) -> bool:
 def is_norm(module_class: type) -> bool:
     """Return whether a class's forward is that of a BatchNorm of torch."""
     forward = getattr(module_class, "forward", None)
-    return forward in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+    is_one = forward in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return is_one and not _computes_tensors(module_class)
+
+
+def _computes_tensors(module_class: type) -> bool:
+    """Return whether a class defines one of its tensors itself, as a property that computes it, say."""
+    return any(hasattr(module_class, name) for name in ("weight", "bias", "running_mean", "running_var"))
+
+
+def _holds_plainly(layer: Any) -> bool:
+    """Return whether a layer's weight and bias are what it is registered with, so that nothing computes them."""
+    own = layer._parameters  # a tensor computed by a hook or a parametrisation is not in it
+    return "weight" in own and "bias" in own and layer.__dict__.keys().isdisjoint(("weight", "bias"))
 
 
 def convolve(layer: Any, x: Any, factors: Factors | None, lean: bool) -> Tensor | None:
@@ -60,15 +82,9 @@ def convolve(layer: Any, x: Any, factors: Factors | None, lean: bool) -> Tensor 
         factors: the low-rank updates to add, or None.
         lean: do not save the input of a frozen layer if backward does not need it or can recompute it.
     """
-    own = layer._parameters  # a weight computed by a hook or a parametrisation is not in it
-    if (
-        not isinstance(x, Tensor)
-        or x.ndim != 4
-        or layer.padding_mode != "zeros"
-        or not {"weight", "bias"} <= own.keys()
-    ):
+    if not isinstance(x, Tensor) or x.ndim != 4 or layer.padding_mode != "zeros" or not _holds_plainly(layer):
         return None
-    weight, bias = own["weight"], own["bias"]
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     if not is_compiling() and (type(x) not in (Tensor, nn.Parameter) or type(weight) is not nn.Parameter):
         return None
     conv, dtype = ConvArgs.of(layer), autocast_dtype(x)
@@ -118,13 +134,23 @@ class _Trained(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, conv: ConvArgs, origin: Origin) -> Tensor:
         ctx.save_for_backward(origin.source, weight)
-        ctx.conv, ctx.remake = conv, origin.remake
+        ctx.conv, ctx.recall = conv, Recall(x, origin)
         return conv_or_matmul(x, weight, conv)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        source, weight = ctx.saved_tensors
-        return *both_gradients(grad, ctx.remake(source), weight, ctx.conv), None, None
+        saved, weight = ctx.saved_tensors
+        with without_autocast(grad):
+            x = ctx.recall.input(saved)
+            if torch.is_grad_enabled() or is_batched(grad):
+                return *ctx.conv.backward(grad, x, weight, (True, True)), None, None
+            return *both_gradients(grad, x, weight, ctx.conv), None, None
+
+
+def is_batched(grad: Tensor) -> bool:
+    """Return whether a gradient is a batch of gradients (``vmap`` or ``is_grads_batched``): nothing in place then."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
 
 
 class _Settings(NamedTuple):
@@ -155,10 +181,11 @@ class _Convolution(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Any, down: Tensor | None, up: Tensor | None, settings: _Settings
     ) -> Tensor:
-        output, hidden = _forward(x, weight, bias, down, up, settings.conv, settings.form)
-        saved = None if down is None else x if settings.origin is None else settings.origin.source
+        conv, form, origin = settings
+        output, hidden = _forward(x, weight, bias, down, up, conv, form)
+        saved = None if down is None else x if origin is None else origin.source
         ctx.save_for_backward(saved, weight, bias, down, up, hidden)
-        ctx.settings, ctx.blank = settings, ShapeOnly.like(x)
+        ctx.conv, ctx.form, ctx.blank, ctx.recall = conv, form, ShapeOnly.like(x), Recall(x, origin)
         ctx.set_materialize_grads(False)
         return output
 
@@ -166,29 +193,22 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 6
-        saved, weight, _, down, up, hidden = ctx.saved_tensors
-        (conv, form, origin), needs_input = ctx.settings, ctx.needs_input_grad[0]
-        remake = None if origin is None else origin.remake
-        if torch.is_grad_enabled():  # double backward: torch's own operations have gradients themselves
-            x = saved if saved is None or remake is None else remake(saved)
-            return _differentiable(ctx, x, weight, down, up, grad)
-        weight = weight.to(grad.dtype)
-        if down is None:
-            return conv.input_gradient(grad, ctx.blank.tensor(grad), weight), *(None,) * 5
-        gradients = factor_gradients(grad, saved, remake, weight, down, up, hidden, conv, form, needs_input=needs_input)
-        dx, d_down, d_up = gradients
+        with without_autocast(grad):
+            dx, d_down, d_up = _gradients(ctx, grad, *ctx.saved_tensors)
         return dx, None, None, d_down, d_up, None
 
 
-def _differentiable(ctx: Any, x: Tensor | None, weight: Tensor, down: Any, up: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Return the gradients computed by torch's own operations, so that they can be differentiated again."""
-    conv = ctx.settings.conv
-    if x is None:
-        return conv.input_gradient(grad, ctx.blank.tensor(grad), weight.to(grad.dtype)), *(None,) * 5
-    output = F.conv2d(x, whole_kernel(weight.to(x.dtype), down, up, conv.groups), None, *conv)
-    wanted = [tensor for tensor, needed in ((x, ctx.needs_input_grad[0]), (down, True), (up, True)) if needed]
-    *dx, d_down, d_up = torch.autograd.grad(output, wanted, grad, create_graph=True)
-    return dx[0] if dx else None, None, None, d_down, d_up, None
+def _gradients(
+    ctx: Any, grad: Tensor, saved: Any, weight: Tensor, _: Any, down: Any, up: Any, hidden: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of a convolution's input and of its two factors, from what its node saved."""
+    conv, weight, needs_input = ctx.conv, weight.to(grad.dtype), ctx.needs_input_grad[0]
+    if down is None:
+        return conv.input_gradient(grad, ctx.blank.tensor(grad), weight), None, None
+    remake, form = ctx.recall.remake, ctx.form
+    if torch.is_grad_enabled() or is_batched(grad):
+        return gradients_by_kernel(grad, ctx.recall.input(saved), weight, down, up, conv, needs_input)
+    return factor_gradients(grad, saved, remake, weight, down, up, hidden, conv, form, needs_input=needs_input)
 
 
 class ShapeOnly(NamedTuple):
@@ -212,11 +232,15 @@ def normalise(layer: Any, x: Any) -> Tensor | None:
     """Return the output of a frozen BatchNorm in eval mode, or None: then the caller runs torch's forward."""
     if layer.training or not is_eager() or type(x) is not Tensor or not (x.requires_grad and torch.is_grad_enabled()):
         return None
-    affine = [parameter for parameter in layer._parameters.values() if parameter is not None]
-    if layer._buffers.get("running_mean") is None or any(p.requires_grad for p in affine):
+    own, statistics = layer._parameters, layer._buffers
+    if not _holds_plainly(layer) or "running_mean" not in statistics or "running_var" not in statistics:
+        return None
+    mean, variance = statistics["running_mean"], statistics["running_var"]
+    tensors = (own["weight"], own["bias"], mean, variance)
+    if mean is None or variance is None or any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return None
     layer._check_input_dim(x)
-    return _Norm.apply(x, layer.weight, layer.bias, layer.running_mean, layer.running_var, layer.eps)
+    return _Norm.apply(x, own["weight"], own["bias"], mean, variance, layer.eps)
 
 
 class _Norm(torch.autograd.Function):
@@ -237,15 +261,3 @@ class _Norm(torch.autograd.Function):
         scale = scale if weight is None else scale * weight
         shape = (-1, *(1,) * (grad.ndim - 2))
         return grad * scale.to(grad.dtype).view(shape), *(None,) * 5
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast casts a convolution's ``x`` to, or None if it is off or does not cast ``x``."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or x.is_meta:  # autocast has nothing to do with the meta device
-        return None
-    if hasattr(torch, "get_autocast_dtype"):
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    if kind == "cpu":
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
-    return torch.get_autocast_gpu_dtype() if kind == "cuda" and torch.is_autocast_enabled() else None

@@ -13,6 +13,7 @@ from ..adapters.base import Site
 from ..adapters.options import AdapterOptions, read_options
 from ..adapters.registry import adapter_class, make_adapter
 from ..convolution.geometry import ConvGeometry
+from ..convolution.precision import floating_dtype
 from ..errors import AdapterFileError, BaseMismatch, OptionError, SpecError, brief, shortened
 from ..hosts.model import unwrapped
 from ..hosts.modules import base_modules, unique_modules
@@ -32,7 +33,13 @@ _MOST_NAMED = 12  # problems in one error
 
 
 def load_adapter(
-    model: nn.Module, path: str | Path, *, name: str | None = None, any_base: bool = False, lean: bool = True
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    any_base: bool = False,
+    lean: bool = True,
+    dtype: torch.dtype | str | None = None,
 ) -> AdapterFile:
     """Put the adapter of a file into the model in place, make it the active one, and return what the file says.
 
@@ -45,13 +52,14 @@ def load_adapter(
         name: to give it here; unset, the one it was saved under.
         any_base: accept a base with other weights (the layers' shapes must fit all the same).
         lean: see ``inject``.
+        dtype: of the adapters' parameters, see ``inject``; unset, that of the file, or with ``any_base`` that of the layers.
 
     Raises:
         AdapterFileError: if the file is damaged or does not fit; the text says which layers.
         BaseMismatch: if the base has other weights; its ``layers`` are exactly those that differ.
         StateError: if the name is taken.
     """
-    path, root = Path(path), unwrapped(model)
+    path, root, wanted = Path(path), unwrapped(model), floating_dtype(dtype)
     with opened(path) as source:
         file = described(source)
         name = file.name if name is None else name
@@ -63,7 +71,7 @@ def load_adapter(
         _check_tensors(modules, sites, file, path)
         tensors = _read(source, file)
         _check_dtypes(modules, sites, file, path)
-    built = _built(modules, sites.layers, file.owned, tensors, path, keep_dtype=not any_base)
+    built = _built(modules, sites.layers, file.owned, tensors, path, keep_dtype=not any_base, dtype=wanted)
     install(root, name, AdapterRecord(file.spec, file.layers, file.owned, file.norm), built, lean=lean)
     return file
 
@@ -196,20 +204,24 @@ def _built(
     path: Path,
     *,
     keep_dtype: bool,
+    dtype: torch.dtype | None,
 ) -> Built:
-    """Return what is to be installed, with the file's tensors: in their dtype on the very base, else in that of the model."""
+    """Return what is to be installed, with the file's tensors: in their dtype on the very base, else in that of the model.
 
-    def saved(key: str, old: Tensor) -> Tensor:
-        made = tensors[key].to(old.device, tensors[key].dtype if keep_dtype else old.dtype, copy=True)
+    ``dtype`` is that of the adapters in either case, if it is given.
+    """
+
+    def saved(key: str, old: Tensor, keep: bool = keep_dtype) -> Tensor:
+        made = tensors[key].to(old.device, tensors[key].dtype if keep else old.dtype, copy=True)
         if made.dtype != tensors[key].dtype and not torch.equal(made.isfinite().cpu(), tensors[key].isfinite()):
             raise AdapterFileError(f"{path}: {key} overflows {made.dtype}; the model is unchanged")
         return made
 
     with torch.random.fork_rng(devices=[]):
-        built = build(modules, layers, owned, lambda name, key, old: saved(tensor_key(OWN, name, key), old))
+        built = build(modules, layers, owned, lambda name, key, old: saved(tensor_key(OWN, name, key), old), dtype)
     for name, adapter in built.adapters.items():
         for key, tensor in adapter.state_dict(keep_vars=True).items():
-            tensor.data = saved(tensor_key(ADAPTER, name, key), tensor)
+            tensor.data = saved(tensor_key(ADAPTER, name, key), tensor, keep_dtype and dtype is None)
     return built
 
 

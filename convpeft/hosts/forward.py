@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules import module as hooks
@@ -12,6 +13,7 @@ from torch.nn.modules import module as hooks
 from ..adapters.base import Host
 from ..convolution.low_rank import Factors, stacked
 from ..convolution.nodes import convolve
+from ..convolution.precision import autocast_dtype, in_dtype
 from ..errors import HostError
 from .slots import Entry, Slots
 
@@ -59,17 +61,41 @@ def adapted_output(
             x = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
             output = output + _update(module, adapter, x, own)
         else:
-            output = add_to_entry(own, output, slots.outputs.get(name), adapter)
+            output = add_to_entry(own, output, slots.outputs.get(name), lambda z, adapter=adapter: _added(adapter, z))
     return output
 
 
 def _update(layer: Any, adapter: Any, x: Tensor, own: Tensor) -> Tensor:
     """Return what a parallel adapter adds; one that reads its host is passed the layer's weight and output."""
+    wanted = _other_dtype(adapter, x)
+    x = in_dtype(x, wanted)
     if adapter.reads_host:
-        return adapter(x, Host(layer.weight, layer.bias, own))
+        weight, bias = in_dtype(layer.weight, wanted), in_dtype(layer.bias, wanted)
+        return _like(own, adapter(x, Host(weight, bias, in_dtype(own, wanted))))
     if adapter.site.geometry.transposed:  # its caller may have asked for an output size
-        return adapter(x, output_size=own.shape[-2:])
-    return adapter(x)
+        return _like(own, adapter(x, output_size=own.shape[-2:]))
+    return _like(own, adapter(x))
+
+
+def _added(adapter: Any, z: Any) -> Any:
+    """Return what an adapter on a module's output adds to it, in the output's dtype."""
+    return _like(z, adapter(in_dtype(z, _other_dtype(adapter, z))))
+
+
+def _other_dtype(adapter: Any, x: Any) -> torch.dtype | None:
+    """Return the dtype of an adapter's parameters if it computes in that one and ``x`` has another, else None.
+
+    Under autocast torch casts each operand by itself.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return None
+    dtype = next((parameter.dtype for parameter in adapter.parameters()), x.dtype)
+    return None if dtype == x.dtype or not dtype.is_floating_point or autocast_dtype(x) is not None else dtype
+
+
+def _like(own: Any, update: Any) -> Any:
+    """Return an update in the dtype of what it is added to, so that the sum has that dtype as well."""
+    return in_dtype(update, own.dtype) if isinstance(own, Tensor) else update
 
 
 def add_to_entry(base: Any, output: Any, entry: Entry, function: Any) -> Any:

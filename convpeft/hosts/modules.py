@@ -69,11 +69,13 @@ def is_sequence(module: nn.Module) -> bool:
 
 
 def device_and_dtype(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return device and dtype of the first floating parameter or buffer found, torch's defaults without any."""
+    """Return device and dtype of the first floating parameter or buffer of the user's, torch's defaults without any."""
     for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point():
-                return tensor.device, tensor.dtype
+        parts = [part for _, part in base_modules(module)]
+        for tensors in ([part._parameters for part in parts], [part._buffers for part in parts]):
+            for tensor in (tensor for own in tensors for tensor in own.values()):
+                if tensor is not None and tensor.is_floating_point():
+                    return tensor.device, tensor.dtype
     return torch.device("cpu"), torch.get_default_dtype()
 
 

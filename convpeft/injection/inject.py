@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..convolution.precision import floating_dtype
 from ..hosts.model import ATTRIBUTE, AdaptedModel, unwrapped
 from ..hosts.modules import base_modules
 from ..hosts.records import AdapterRecord
@@ -17,7 +19,13 @@ from .switching import switch, train_only
 
 
 def inject(
-    model: nn.Module, spec: SpecLike, *, name: str = "default", example_inputs: Any = None, lean: bool = True
+    model: nn.Module,
+    spec: SpecLike,
+    *,
+    name: str = "default",
+    example_inputs: Any = None,
+    lean: bool = True,
+    dtype: torch.dtype | str | None = None,
 ) -> Plan:
     """Put the adapters a spec asks for into the model in place, freeze the rest, and return the plan as a report.
 
@@ -31,9 +39,11 @@ def inject(
         example_inputs: see ``plan``.
         lean: let frozen convolutions and norms save for backward only what their input's gradient needs. The values and
             gradients are the same; the last call to ``inject`` or ``load_adapter`` decides for the whole model.
+        dtype: of the adapters' parameters, as a dtype or its name; unset, that of their layers. ``"float32"`` is for a
+            base in half precision: the optimizer's steps are then not rounded away. The outputs keep their dtype.
 
     Raises:
-        SpecError: all problems of the spec at once.
+        SpecError: all problems of the spec at once; or a dtype that adapters cannot have.
         StateError: if the name is taken or unusable.
         HostError: if a module does not allow its class to be extended.
 
@@ -44,12 +54,13 @@ def inject(
         >>> [n for n, p in model.named_parameters() if p.requires_grad]
         ['0.convpeft.screw.down', '0.convpeft.screw.up']
     """
-    root = unwrapped(model)
+    root, wanted = unwrapped(model), floating_dtype(dtype)
     check_name(root, name)
     report = make_plan(root, as_spec(spec), example_inputs)
     layers = {layer.name: layer.record() for layer in report.layers}
     record = AdapterRecord(report.spec, layers, dict(report.owned), report.norm)
-    install(root, name, record, build(dict(base_modules(root)), report.layers, report.owned), lean=lean)
+    built = build(dict(base_modules(root)), report.layers, report.owned, dtype=wanted)
+    install(root, name, record, built, lean=lean)
     return report
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter
@@ -55,6 +56,7 @@ def build(
     layers: Sequence[PlannedLayer],
     unfrozen: Iterable[str],
     value_of: Callable[[str, str, Tensor], Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Built:
     """Return the adapters of planned layers and the values of unfrozen modules, each on the device of its module.
 
@@ -63,13 +65,14 @@ def build(
         layers: to adapt.
         unfrozen: names of modules that train along. A tensor that two of them share stays one tensor.
         value_of: gives a value from the names of module and tensor, and the base's own; unset, a copy of the base's own.
+        dtype: of the adapters; unset, that of each module.
     """
     adapters: dict[str, Adapter] = {}
     for layer in layers:
         host = modules[layer.name]
-        device, dtype = device_and_dtype(host, modules[""])
+        device, own = device_and_dtype(host, modules[""])
         adapter = make_adapter(layer.kind, layer.site, layer.options, device)
-        adapters[layer.name] = adapter.to(dtype=dtype).train(wants_training(host))
+        adapters[layer.name] = adapter.to(dtype=dtype or own).train(wants_training(host))
     made: dict[int, Tensor] = {}
     stores: dict[str, StoredTensors] = {}
     for name in unfrozen:

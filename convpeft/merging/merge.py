@@ -121,7 +121,7 @@ def _work_out(adapted: AdaptedModel, form: str, past: Mapping[str, str]) -> list
             continue
         try:
             merged, layer, chains = _probed(job, merged)
-            _cast(job, layer, chains)
+            _cast(job, layer, chains, adapted.root)
             parts.append(_Part(job, merged, layer, tuple(chains)))
         except (MergeError, GeometryError) as error:
             parts.append(_Part(job, merged.kept(str(error))))
@@ -177,14 +177,14 @@ def _last_step(name: str, module: Any) -> tuple[str, nn.Module]:
     return name, module
 
 
-def _cast(job: Job, layer: nn.Module | None, chains: list[nn.Sequential]) -> None:
+def _cast(job: Job, layer: nn.Module | None, chains: list[nn.Sequential], root: nn.Module) -> None:
     """Bring float64 parts to the host's device and dtype, in place: the one rounding of a merge."""
     if layer is None and isinstance(job.target, (nn.Sequential, nn.ModuleDict)):  # an extra child would become a step
         raise MergeError(
             "it is a Sequential whose last step cannot take the chain (it is adapted itself, shared, or TorchScript): put the "
             "adapter on that step's output"
         )
-    device, dtype = device_and_dtype(job.adapters[0])
+    device, dtype = device_and_dtype(job.layer, root)  # not that of the adapters, which may be another
     parts: list[nn.Module] = [*chains] if layer is None else [layer, *chains]
     for part in parts:
         part.to(device=device, dtype=dtype)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters.options import fits, read_options
+from ..adapters.options import fits, plain, read_options
 from ..adapters.registry import LEAVE, adapter_class
 from ..convolution.geometry import PLAIN_HOSTS, ConvGeometry
 from ..errors import OptionError, PatternError, SpecError, brief, closest, shown
@@ -70,11 +70,11 @@ class Rule:
         self.kind = kind
         self.place = place
         self.only = as_patterns(only)
-        self.where: dict[str, Any] = dict(where) if isinstance(where, Mapping) else {} if where is None else where
-        self.lr_mult = lr_mult
-        self.channels = channels
-        self.output = output
-        self.options = options
+        self.where: Any = plain(dict(where)) if isinstance(where, Mapping) else {} if where is None else where
+        self.lr_mult = plain(lr_mult)
+        self.channels = plain(channels)
+        self.output = plain(output)
+        self.options = plain(options)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rule as plain data, defaults left out."""
@@ -171,7 +171,7 @@ class Unfreeze:
 
     def __init__(self, match: str | Iterable[str], lr_mult: float = 1.0) -> None:
         object.__setattr__(self, "match", as_patterns(match))
-        object.__setattr__(self, "lr_mult", lr_mult)
+        object.__setattr__(self, "lr_mult", plain(lr_mult))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as plain data."""
@@ -188,7 +188,7 @@ def shortest(values: tuple[Any, ...]) -> Any:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in plain(dict(values)).items()}
 
 
 def _nearest_rule_key(unknown: str) -> str:
