@@ -14,11 +14,12 @@ from ..adapters.options import read_options
 from ..adapters.registry import adapter_class
 from ..convolution.geometry import ConvGeometry
 from ..errors import AdapterFileError, BaseMismatch, SpecError, shortened
-from ..hosts.model import unwrapped
+from ..hosts.model import whole
 from ..hosts.modules import base_modules, unique_modules
 from ..hosts.records import AdapterRecord
 from ..hosts.slots import BASE, base_class
 from ..hosts.unfrozen import tensors_of
+from ..hosts.wrappers import refuse_parallel
 from ..injection.install import Built, build, check_name, install
 from ..planning.bypasses import bypassed
 from ..planning.plan import PlannedLayer
@@ -52,7 +53,8 @@ def load_adapter(
         BaseMismatch: if the base has other weights; its ``layers`` are exactly those that differ.
         StateError: if the name is taken.
     """
-    path, root = Path(path), unwrapped(model)
+    path, root = Path(path), whole(model)
+    refuse_parallel(root)
     file = inspect_adapter(path)
     name = file.name if name is None else name
     check_name(root, name)

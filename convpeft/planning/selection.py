@@ -13,6 +13,7 @@ from ..convolution.geometry import PLAIN_HOSTS
 from ..errors import PatternError, SpecError, closest, shortened
 from ..hosts.modules import base_modules
 from ..hosts.slots import base_class
+from ..hosts.wrappers import bare
 from .globs import is_literal, matches
 from .rules import Rule
 from .sites import has_output
@@ -79,7 +80,7 @@ class Selection:
 
     def select(self, patterns: Iterable[str], label: str) -> list[tuple[str, bool, list[Candidate]]]:
         """Return, for each positive pattern, ``(as written, exact names only, the modules it matches)``."""
-        resolved = self.spec.resolve(patterns)
+        resolved = self.resolved(patterns)
         excluding = [(written, pattern[1:]) for written, pattern in resolved if pattern.startswith("!")]
         for written, pattern in excluding:
             if not any(candidate.matched_by(pattern) for candidate in self.candidates):
@@ -98,6 +99,18 @@ class Selection:
                 continue
             selected.append((written, is_literal(pattern), kept))
         return selected
+
+    def resolved(self, patterns: Iterable[str]) -> list[tuple[str, str]]:
+        """Return ``(as written, as it fits this model)`` for each pattern, aliases replaced by what they stand for."""
+        return [(written, self._fitting(pattern)) for written, pattern in self.spec.resolve(patterns)]
+
+    def _fitting(self, pattern: str) -> str:
+        """Return a pattern as it fits this model: one that matches nothing may be of a wrapper's names (``_orig_mod.neck``)."""
+        sign, positive = ("!", pattern[1:]) if pattern.startswith("!") else ("", pattern)
+        shorter = bare(positive)
+        if shorter == positive or any(candidate.matched_by(positive) for candidate in self.candidates):
+            return pattern
+        return sign + shorter if any(candidate.matched_by(shorter) for candidate in self.candidates) else pattern
 
     def _deal(self, number: int, rule: Rule) -> None:
         label = f"rule {number}"
