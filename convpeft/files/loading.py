@@ -18,6 +18,7 @@ from ..hosts.model import whole
 from ..hosts.modules import base_modules, unique_modules
 from ..hosts.records import AdapterRecord
 from ..hosts.slots import BASE, base_class
+from ..hosts.trainers import guard_trainers
 from ..hosts.unfrozen import tensors_of
 from ..hosts.wrappers import refuse_parallel
 from ..injection.install import Built, build, check_name, install
@@ -55,6 +56,7 @@ def load_adapter(
     """
     path, root = Path(path), whole(model)
     refuse_parallel(root)
+    guard_trainers(map(type, root.modules()))
     file = inspect_adapter(path)
     name = file.name if name is None else name
     check_name(root, name)

@@ -18,6 +18,7 @@ from .forward import adapted_output, convolved
 from .guards import fusing_methods, refuse_another_bias, refusing
 from .modules import exact_copies
 from .slots import SLOT, Slots, Swapped, base_class, slots_of
+from .trainers import guard_trainers
 from .unfrozen import keep_shown, route_checkpoint, swap_in
 
 
@@ -138,6 +139,7 @@ class _AdaptedModuleDict(Adapted):
 @cache
 def adapted_class(base: Any) -> Any:
     """Return the generated subclass ``Adapted<Base>``: the mixin in front of exactly ``base``."""
+    guard_trainers([base])
     mixin: type = Adapted
     if issubclass(base, (nn.Sequential, nn.ModuleList)):
         mixin = _AdaptedSequence

@@ -9,6 +9,7 @@ from torch import nn
 from ..hosts.model import ATTRIBUTE, AdaptedModel, whole
 from ..hosts.modules import base_modules, named_parameters
 from ..hosts.records import AdapterRecord
+from ..hosts.trainers import guard_trainers
 from ..hosts.wrappers import refuse_parallel
 from ..planning.plan import Plan
 from ..planning.planner import make_plan
@@ -48,6 +49,7 @@ def inject(
     root = whole(model)
     check_name(root, name)
     refuse_parallel(root)
+    guard_trainers(map(type, root.modules()))
     report = make_plan(root, as_spec(spec), example_inputs)
     layers = {layer.name: layer.record() for layer in report.layers}
     record = AdapterRecord(report.spec, layers, dict(report.owned), report.norm)
