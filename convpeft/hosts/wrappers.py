@@ -26,11 +26,12 @@ def _wrapper_classes() -> tuple[type[nn.Module], ...]:
 
 def inside(module: nn.Module) -> nn.Module:
     """Return the module that a wrapper calls, behind any number of wrappers; a module that is none is returned itself."""
-    while True:
+    while isinstance(module, _wrapper_classes()):
         held = module._modules.get("_orig_mod", module._modules.get("module"))
-        if held is None or not isinstance(module, _wrapper_classes()):
-            return module
+        if held is None:
+            break
         module = held
+    return module
 
 
 def named_inside(named: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..hosts.modules import deep_copy
+from ..hosts.modules import base_modules, deep_copy
 from ..hosts.uncompiled import uncompiled
+from .contracts import contract
+from .shapes import Latest
 
 
 def quiet_copy(module: nn.Module) -> nn.Module:
@@ -38,6 +40,30 @@ def _belongs(hook: Any) -> bool:
     home = (getattr(hook, "__module__", None) or type(hook).__module__).split(".")[0]
     file = getattr(sys.modules.get(home), "__file__", None) or ""
     return home in ("torch", "convpeft") or "site-packages" in file or "dist-packages" in file
+
+
+@contextmanager
+def layers_noted(copy: nn.Module) -> Iterator[list[Latest]]:
+    """Keep what the last layer that ran returned, among those whose channels' axis is certain, while ``copy`` runs."""
+    latest: list[Latest] = []
+
+    def note(axis: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                latest[:] = [(tuple(output.shape), axis)]
+
+        return hook
+
+    handles = []
+    for _, module in base_modules(copy):
+        shape = contract(module)
+        if shape is not None:
+            handles.append(module.register_forward_hook(note(-1 if shape.channels_last else -3)))
+    try:
+        yield latest
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

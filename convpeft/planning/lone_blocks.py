@@ -11,7 +11,7 @@ from torch import nn
 
 from ..hosts.modules import base_class, base_modules, device_and_dtype, unique_modules
 from .contracts import contract
-from .copies import quiet_copy, undisturbed
+from .copies import layers_noted, quiet_copy, undisturbed
 from .shapes import Verdict, look, settle
 
 Size = tuple[int, int, int]  # samples, height, width
@@ -40,7 +40,7 @@ def probe_alone(module: nn.Module, entry: int | str | None, *, every_layout: boo
         for layout in layouts:
             verdict = probe.verdict(channels, layout)
             if not verdict.found:
-                found = found if found.unclear else verdict
+                found = verdict if not (found.found or found.unclear) else found
                 continue
             if not every_layout:
                 return verdict
@@ -73,12 +73,12 @@ class _Probe:
         seen = []
         for size in sizes:
             try:
-                with undisturbed(self.device):
+                with undisturbed(self.device), layers_noted(self.copy) as latest:
                     x = torch.zeros(_shape(channels, layout, size), device=self.device, dtype=self.dtype)
                     output = self.copy(x, **_others(self.copy))
             except Exception:  # of the user's module, on an input that is none of theirs
                 return Verdict()
-            seen.append(look(output, self.entry))
+            seen.append(look(output, self.entry, latest))
         if seen[0].shape[1:] != seen[1].shape[1:] and len(seen[0].shape) == 2:  # it depends on the size
             return Verdict()
         return settle(seen, None)
@@ -100,7 +100,7 @@ def _takes(layer: nn.Module) -> tuple[int, tuple[str, ...]] | None:
     """Return the channels of a layer's input, and its layouts; None for a module that says nothing of it."""
     if len(base_modules(layer)) > 1:
         return None
-    weight: Any = layer._parameters.get("weight")
+    weight: Any = getattr(layer, "weight", None)
     channels = _count(layer, "in_channels")
     if channels:
         return channels, _OF_WEIGHT.get(getattr(weight, "ndim", 4), ("image",))

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ..errors import SpecError
 from ..hosts.modules import base_class, base_modules, device_and_dtype
 from .contracts import OutputShape, contract, declared, last_step
-from .copies import quiet_copy, undisturbed
+from .copies import layers_noted, quiet_copy, undisturbed
 from .examples import ExampleFailed, call_example
 from .lone_blocks import probe_alone
 from .shapes import Seen, Verdict, look, settle
@@ -115,7 +115,7 @@ class _Run:
                 first = self._once(copy, example)
             except ExampleFailed as failed:
                 raise SpecError(self._failed(f"it failed on the example inputs: {failed}")) from failed.__cause__
-            others = (larger(example),)
+            others = larger(example)
         if first is None:
             return {}
         found = {name: [each] for name, each in first.items()}
@@ -144,49 +144,41 @@ class _Run:
     def _once(self, copy: nn.Module, example: Any) -> dict[str, Seen]:
         """Return what each module returned on its first call in one run."""
         seen: dict[str, Seen] = {}
-        latest: list[tuple[tuple[int, ...], int]] = []
+        with layers_noted(copy) as latest:
 
-        def note_layer(axis: int) -> Any:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if isinstance(output, Tensor):
-                    latest[:] = [(tuple(output.shape), axis)]
+            def note(asked: Asked) -> Any:
+                def hook(module: nn.Module, args: Any, output: Any) -> None:
+                    if asked.name not in seen:
+                        seen[asked.name] = look(output, asked.entry, latest)
 
-            return hook
+                return hook
 
-        def note(asked: Asked) -> Any:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if asked.name not in seen:
-                    seen[asked.name] = look(output, asked.entry, latest[0] if latest else None)
-
-            return hook
-
-        handles = []
-        for _, module in base_modules(copy):
-            shape = contract(module)
-            if shape is not None:
-                handles.append(module.register_forward_hook(note_layer(-1 if shape.channels_last else -3)))
-        modules = dict(base_modules(copy))
-        handles += [modules[each.name].register_forward_hook(note(each)) for each in self.asked]
-        try:
-            with undisturbed(self.device):
-                call_example(copy, example)
-        finally:
-            for handle in handles:
-                handle.remove()
+            modules = dict(base_modules(copy))
+            handles = [modules[each.name].register_forward_hook(note(each)) for each in self.asked]
+            try:
+                with undisturbed(self.device):
+                    call_example(copy, example)
+            finally:
+                for handle in handles:
+                    handle.remove()
         return seen
 
 
-def larger(example: Any) -> Any:
-    """Return example inputs with larger images in them: tensors padded as far as they have the height and width of one."""
-    sizes = {
-        tuple(leaf.shape[-2:])
-        for leaf in tree_flatten(example)[0]
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim in (3, 4)
-    }
+def larger(example: Any) -> list[Any]:
+    """Return example inputs of other sizes: with larger images in them, then with longer sequences.
 
-    def padded(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.ndim < 2 or tuple(leaf.shape[-2:]) not in sizes:
-            return leaf
-        return F.pad(leaf, (0, 32, 0, 64))
+    Tensors are padded as far as they have the height and width of an image, so that masks go along. What is no image
+    fails, or is the other kind of sequence: channels first, then channels last.
+    """
+    leaves = [leaf for leaf in tree_flatten(example)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    images = {tuple(leaf.shape[-2:]) for leaf in leaves if leaf.ndim in (3, 4)}
+    sequences = {tuple(leaf.shape[-2:]) for leaf in leaves if leaf.ndim == 3}
 
-    return tree_map(padded, example)
+    def padded(sizes: set[tuple[int, ...]], width: int, height: int) -> Any:
+        def pad(leaf: Any) -> Any:
+            fits = isinstance(leaf, Tensor) and leaf.ndim > 1 and tuple(leaf.shape[-2:]) in sizes
+            return F.pad(leaf, (0, width, 0, height)) if fits else leaf
+
+        return tree_map(pad, example)
+
+    return [padded(images, 32, 64), *(padded(sequences, *more) for more in ((32, 0), (0, 32)) if sequences)]

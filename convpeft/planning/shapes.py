@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from ..hosts.forward import entry_index, no_entry
 from .contracts import OutputShape
+
+Latest = tuple[tuple[int, ...], int]  # the shape of a layer's output, and the axis of its channels from the end
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Seen:
     """
 
     shape: tuple[int, ...]
-    latest: tuple[tuple[int, ...], int] | None = None
+    latest: Latest | None = None
     missing: str = ""
 
 
@@ -53,7 +56,7 @@ class Verdict:
         return axis >= 0 and shape[axis] == self.shape.channels
 
 
-def look(output: Any, entry: int | str | None, latest: tuple[tuple[int, ...], int] | None = None) -> Seen:
+def look(output: Any, entry: int | str | None, latest: Sequence[Latest]) -> Seen:
     """Return what is to be seen of a module's output: a shape, or why there is none."""
     if entry is not None:
         missing = no_entry(output, entry)
@@ -62,45 +65,60 @@ def look(output: Any, entry: int | str | None, latest: tuple[tuple[int, ...], in
         output = output[entry_index(output, entry)]
     if not isinstance(output, Tensor):
         return Seen((), missing=f"the module returned a {type(output).__name__}, not a tensor")
-    return Seen(tuple(output.shape), latest)
+    return Seen(tuple(output.shape), latest[0] if latest else None)
 
 
 def settle(seen: list[Seen], channels: int | None) -> Verdict:
     """Return what the outputs of runs on inputs of different sizes say of the channels.
 
     The channels' axis has one length whatever the size, and so has no other. With a single run, or if several axes stay
-    as they are, it is the one where a layer that ran last and whose axis is certain has it; then the one of the length
-    that a rule says.
+    as they are, the layer that ran last among those whose axis is certain decides; then the number that a rule says.
     """
     missing = next((each.missing for each in seen if each.missing), "")
     shapes = [each.shape for each in seen if each.shape]
     if missing or not shapes:
         return Verdict(unclear=missing)
-    first = shapes[0]
+    first, varied = shapes[0], len(shapes) > 1
     if len(first) < 2 or any(len(shape) != len(first) for shape in shapes):
         return Verdict(unclear=f"its output had the shape {first}")
     if len(first) == 2:
         return _on(first, 1)
     axes = [axis for axis, length in enumerate(first) if all(shape[axis] == length for shape in shapes)]
-    axes = _telling(first, axes, varied=len(shapes) > 1)
-    if len(shapes) > 1 and len(axes) == 1:
+    axes = _telling(first, axes, varied=varied)
+    if varied and len(axes) == 1:
         return _on(first, axes[0])
-    last = seen[0].latest
-    if last is not None and last[0] == first:
-        axis = last[1] % len(first)
-        if axis in axes and [first[other] for other in axes].count(first[axis]) == 1:
-            return _on(first, axis)
-    of_length = [axis for axis in axes if first[axis] == channels]
-    if len(of_length) == 1:
-        return _on(first, of_length[0])
+    axis = _by_layer(seen[0], axes, varied=varied)
+    if axis is None:
+        of_length = [each for each in axes if first[each] == channels]
+        axis = of_length[0] if len(of_length) == 1 else None
+    if axis is not None:
+        return _on(first, axis)
     return Verdict(unclear=f"its output had the shape {first}, and which axis is the channels does not show")
 
 
 def _telling(shape: tuple[int, ...], axes: list[int], *, varied: bool) -> list[int]:
     """Return those of the axes that can be the channels: none of length 1 where others are longer, and not the batch."""
-    axes = [axis for axis in axes if shape[axis] > 1] or axes[1:]
+    axes = [axis for axis in axes if shape[axis] > 1] or axes
     first_is_batch = len(shape) > 3 or (varied and len(axes) > 1)
     return [axis for axis in axes if axis or not first_is_batch]
+
+
+def _by_layer(seen: Seen, axes: list[int], *, varied: bool) -> int | None:
+    """Return the one of the axes that the layer which ran last speaks for, or None.
+
+    After one run only a layer of the very same output shape does. Where other sizes changed nothing (pooling to a fixed
+    size), the axis that has the number of its channels is enough.
+    """
+    if seen.latest is None or (seen.latest[0] != seen.shape and not varied):
+        return None
+    shape, axis = seen.latest
+    if len(shape) < -axis:
+        return None
+    of_length = [each for each in axes if seen.shape[each] == shape[axis]]
+    own = len(seen.shape) + axis
+    return (
+        own if own in of_length and (varied or len(of_length) == 1) else of_length[0] if len(of_length) == 1 else None
+    )
 
 
 def _on(shape: tuple[int, ...], axis: int) -> Verdict:

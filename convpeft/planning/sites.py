@@ -106,6 +106,7 @@ class Sites:
         """Return what is known of outputs, by module name; what no single layer tells is found by running copies."""
         found: dict[str, Verdict] = {}
         unknown: list[Asked] = []
+        wanted = [each for each in wanted if host_refusal(each.module, "output", self.bypassed) is None]
         for each in wanted:
             known = known_output(each.module) if each.output is None else None
             if known is not None:
