@@ -37,9 +37,9 @@ class _Calls:
 def cut_off(root: nn.Module, adapters: Iterable[tuple[nn.Module, nn.Module]], args: Any, kwargs: Any) -> dict[int, str]:
     """Return, by ``id``, the adapters that ran and that no gradient of the outputs would reach, and why.
 
-    A copy runs that shares the model's parameters, in the training mode the model is in; one in eval mode all over is
-    tried in training mode first (norms held), for that is where checkpoints are used. What cannot be told is left out:
-    a copy that cannot be made or does not run, or outputs in objects that cannot be looked into.
+    A copy runs that shares the model's parameters, in training mode, for that is where checkpoints are used: as the model
+    is, or if it is in eval mode all over, with norms held. Where that fails it runs in eval mode. What cannot be told is
+    left out: a copy that cannot be made or does not run, or outputs in objects that cannot be looked into.
 
     Args:
         root: the model to call.
@@ -49,7 +49,8 @@ def cut_off(root: nn.Module, adapters: Iterable[tuple[nn.Module, nn.Module]], ar
     asked = [(host, adapter) for host, adapter in adapters if any(p.requires_grad for p in adapter.parameters())]
     if not asked:
         return {}
-    for train in (True, False) if not any(module.training for module in root.modules()) else (None,):
+    in_training = any(module.training for module in root.modules())
+    for train in (None if in_training else True, False):
         memo: dict[int, Any] = {id(parameter): parameter for parameter in root.parameters()}
         try:
             copy = deep_copy(root, memo)

@@ -71,7 +71,7 @@ class TestWrapped:
         for model in (detector(), wrap(detector())):
             report = convpeft.plan(model, {"rules": rules, "unfreeze": [f"{inner}.score"]})
             assert [layer.name for layer in report.layers] == ["body.0.conv"]
-            assert report.unfrozen == {"score": 1.0}
+            assert report.owned == {"score": 1.0}
 
     def test_a_module_that_is_called_so_keeps_its_name(self):
         model = nn.ModuleDict({"module": nn.Sequential(nn.Conv2d(3, 4, 1)), "other": nn.Conv2d(3, 4, 1)})
@@ -128,20 +128,15 @@ class TestPartThenWhole:
         model = detector()
         convpeft.inject(model.body, {"rules": [{"match": "*.conv", "kind": "lora"}]}, name="a")
         before = Untouched(model)
-        text = r"the part 'body' of this Detector has adapters of its own.*convpeft\.eject\(model\.body\).*unchanged"
+        text = (
+            r"the part '(0\.)?body' of this .* has adapters of its own.*convpeft\.eject\(model\.(0\.)?body\).*unchanged"
+        )
+        call = {"load": lambda outer: convpeft.load_adapter(outer, path, name="b")}.get(
+            verb, lambda outer: getattr(convpeft, verb)(outer, SPEC)
+        )
         for outer in (model, nn.DataParallel(model), nn.ModuleList([model])):
-            with pytest.raises(
-                StateError,
-                match=text.replace("Detector", type(outer).__name__)
-                .replace("'body'", r"'\S*body'")
-                .replace(r"model\.body\)", r"model\.\S*body\)")
-                if type(outer) is nn.ModuleList
-                else text,
-            ):
-                if verb == "load":
-                    convpeft.load_adapter(outer, path, name="b")
-                else:
-                    getattr(convpeft, verb)(outer, SPEC)
+            with pytest.raises(StateError, match=text):
+                call(outer)
         before.check()
         assert [
             layer.name for layer in convpeft.plan(model.body, {"rules": [{"match": "1.conv", "kind": "lora"}]}).layers
@@ -161,23 +156,24 @@ class TestPartThenWhole:
         assert same_bits(bits(model), before)
 
 
-class TestWholeThenPart:
-    VERBS = {
-        "eject": convpeft.eject,
-        "merge": convpeft.merge,
-        "merge-copy": lambda part: convpeft.merge(copy.deepcopy(part)),
-        "merge-inplace": lambda part: convpeft.merge(part, inplace=True),
-        "plan_merge": convpeft.plan_merge,
-        "set_active": lambda part: convpeft.set_active(part, None),
-        "active": convpeft.active_adapters,
-        "groups": lambda part: convpeft.param_groups(part, lr=1.0),
-        "loss": convpeft.auxiliary_loss,
-        "summary": convpeft.summary,
-        "inject": lambda part: convpeft.inject(part, {"rules": [{"match": "**", "kind": "lora", "only": "Conv2d"}]}),
-        "save": lambda part: convpeft.save_adapter(part, "never.safetensors"),
-        "check": lambda part: convpeft.check(part, images()),
-    }
+VERBS = {
+    "eject": convpeft.eject,
+    "merge": convpeft.merge,
+    "merge-copy": lambda part: convpeft.merge(copy.deepcopy(part)),
+    "merge-inplace": lambda part: convpeft.merge(part, inplace=True),
+    "plan_merge": convpeft.plan_merge,
+    "set_active": lambda part: convpeft.set_active(part, None),
+    "active": convpeft.active_adapters,
+    "groups": lambda part: convpeft.param_groups(part, lr=1.0),
+    "loss": convpeft.auxiliary_loss,
+    "summary": convpeft.summary,
+    "inject": lambda part: convpeft.inject(part, {"rules": [{"match": "**", "kind": "lora", "only": "Conv2d"}]}),
+    "save": lambda part: convpeft.save_adapter(part, "never.safetensors"),
+    "check": lambda part: convpeft.check(part, images()),
+}
 
+
+class TestWholeThenPart:
     @pytest.mark.parametrize("verb", VERBS)
     @pytest.mark.parametrize("part", ["body", "body.0", "body.0.conv", "shared"])
     def test_a_part_is_refused_in_words(self, verb, part):
@@ -188,7 +184,7 @@ class TestWholeThenPart:
         with pytest.raises(
             StateError, match=r"is part of a model that has adapters already, .*or shares modules with one"
         ):
-            self.VERBS[verb](given)
+            VERBS[verb](given)
         before.check()
 
     def test_a_part_without_anything_of_convpefts_is_a_model_like_any_other(self):
