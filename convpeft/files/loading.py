@@ -15,11 +15,13 @@ from ..adapters.registry import adapter_class, make_adapter
 from ..convolution.geometry import ConvGeometry
 from ..convolution.precision import floating_dtype
 from ..errors import AdapterFileError, BaseMismatch, OptionError, SpecError, brief, shortened
-from ..hosts.model import unwrapped
+from ..hosts.model import whole
 from ..hosts.modules import base_modules, unique_modules
 from ..hosts.records import AdapterRecord
 from ..hosts.slots import BASE, base_class
+from ..hosts.trainers import guard_trainers
 from ..hosts.unfrozen import tensors_of
+from ..hosts.wrappers import refuse_parallel
 from ..injection.install import Built, build, check_name, install
 from ..planning.bypasses import bypassed
 from ..planning.plan import PlannedLayer
@@ -59,7 +61,9 @@ def load_adapter(
         BaseMismatch: if the base has other weights; its ``layers`` are exactly those that differ.
         StateError: if the name is taken.
     """
-    path, root, wanted = Path(path), unwrapped(model), floating_dtype(dtype)
+    path, root, wanted = Path(path), whole(model), floating_dtype(dtype)
+    refuse_parallel(root)
+    guard_trainers(map(type, root.modules()))
     with opened(path) as source:
         file = described(source)
         name = file.name if name is None else name

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules import module as hooks
 
@@ -14,8 +15,9 @@ from ..adapters.base import Host
 from ..convolution.low_rank import Factors, stacked
 from ..convolution.nodes import convolve
 from ..convolution.precision import autocast_dtype, in_dtype
-from ..errors import HostError
-from .slots import Entry, Slots
+from ..errors import HostError, shortened
+from .modules import unique_modules
+from .slots import Entry, Slots, base_class
 
 
 def convolved(layer: Any, x: Any, adapters: Mapping[str, Any], lean: bool) -> tuple[Tensor | None, tuple[str, ...]]:
@@ -61,8 +63,29 @@ def adapted_output(
             x = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
             output = output + _update(module, adapter, x, own)
         else:
-            output = add_to_entry(own, output, slots.outputs.get(name), lambda z, adapter=adapter: _added(adapter, z))
+            output = add_to_entry(own, output, slots.outputs.get(name), partial(_added, module, adapter))
     return output
+
+
+def _of_output(module: Any, adapter: Any, z: Any) -> Tensor:
+    """Return what an output adapter makes of a tensor; an image without its batch axis is given one meanwhile."""
+    if adapter.site.geometry.linear or not isinstance(z, Tensor) or z.ndim == 4:
+        return adapter(z)  # type: ignore[no-any-return]
+    _require_image(module, adapter, z)
+    return adapter(z.unsqueeze(0)).squeeze(0)  # type: ignore[no-any-return]
+
+
+def _require_image(module: Any, adapter: Any, z: Tensor) -> None:
+    """Raise a HostError unless a tensor that has not four axes is one image, ``(C, H, W)``."""
+    channels = adapter.site.geometry.out_channels
+    # a GroupNorm takes the first axis for the batch, whatever follows
+    batched = any(isinstance(part, nn.GroupNorm) for _, part in unique_modules(module))
+    if z.ndim != 3 or z.shape[0] != channels or batched:
+        raise HostError(
+            f"this {base_class(module).__name__} returned a tensor of shape {tuple(z.shape)}, and the adapter on its output was "
+            f"planned for images, (N, {channels}, H, W) or (C, H, W). Put it on a module whose output is an image, or whose "
+            "channels are the last axis"
+        )
 
 
 def _update(layer: Any, adapter: Any, x: Tensor, own: Tensor) -> Tensor:
@@ -77,9 +100,9 @@ def _update(layer: Any, adapter: Any, x: Tensor, own: Tensor) -> Tensor:
     return _like(own, adapter(x))
 
 
-def _added(adapter: Any, z: Any) -> Any:
+def _added(module: Any, adapter: Any, z: Any) -> Any:
     """Return what an adapter on a module's output adds to it, in the output's dtype."""
-    return _like(z, adapter(in_dtype(z, _other_dtype(adapter, z))))
+    return _like(z, _of_output(module, adapter, in_dtype(z, _other_dtype(adapter, z))))
 
 
 def _other_dtype(adapter: Any, x: Any) -> torch.dtype | None:
@@ -107,7 +130,16 @@ def add_to_entry(base: Any, output: Any, entry: Entry, function: Any) -> Any:
                 "'output: <index or key>' in the rule"
             )
         return output + function(base)
-    index = entry_index(output, entry)
+    if isinstance(output, Proxy):
+        return _with_entry(base, output, entry, function)
+    missing = no_entry(output, entry)
+    if missing is not None:
+        raise HostError(f"{missing}: correct 'output: {entry}' in the rule")
+    return _with_entry(base, output, entry_index(output, entry), function)
+
+
+def _with_entry(base: Any, output: Any, index: Any, function: Any) -> Any:
+    """Return ``output`` with ``function(base[index])`` added to that entry."""
     if isinstance(output, dict):
         changed = output.copy()
         changed[index] = output[index] + function(base[index])
@@ -115,6 +147,32 @@ def add_to_entry(base: Any, output: Any, entry: Entry, function: Any) -> Any:
     entries = list(output)
     entries[index] = output[index] + function(base[index])
     return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)
+
+
+def no_entry(output: Any, entry: int | str) -> str | None:
+    """Return in words why an output has no such entry that is a tensor, or None when it has one."""
+    if isinstance(output, (Tensor, Proxy)):
+        return f"the module returned a tensor, which has no entry {entry!r}"
+    what = type(output).__name__
+    try:
+        value = output[entry_index(output, entry)]
+    except (KeyError, IndexError, TypeError, ValueError):
+        return f"the module returned a {what} without an entry {entry!r}{_entries(output)}"
+    if not isinstance(value, (Tensor, Proxy)):
+        return f"entry {entry!r} of the {what} that the module returned is a {type(value).__name__}, not a tensor"
+    return None
+
+
+def _entries(output: Any) -> str:
+    """Return in words which entries an output has; nothing for what has none."""
+    if isinstance(output, Mapping):
+        names = [repr(key) for key in output]
+    elif isinstance(output, (tuple, list)):
+        fields = getattr(output, "_fields", ())
+        names = [str(number) for number in range(len(output))] + [repr(field) for field in fields]
+    else:
+        return ""
+    return f"; there are: {shortened(names) or 'none'}"
 
 
 def entry_index(output: Any, entry: int | str) -> Any:

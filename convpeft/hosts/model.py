@@ -8,17 +8,23 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter
-from ..errors import StateError, UnknownAdapter, closest
+from ..errors import StateError, UnknownAdapter, closest, shortened
+from .modules import base_modules
 from .records import AdapterRecord, ModelState
-from .slots import BASE, Slots, slots_of
+from .slots import BASE, Slots, Swapped, base_class, slots_of
 from .swap import check_restorable, restore
 from .unfrozen import remove_owner, tensors_of
+from .wrappers import inside
 
 ATTRIBUTE = "_convpeft_state"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module that was given to ``inject``, behind DDP, ``torch.compile`` and outer modules; else ``model``."""
+    """Return the module that was given to ``inject``, behind outer modules; else ``model`` without its wrappers.
+
+    Wrappers are those of DDP, DataParallel and ``torch.compile``.
+    """
+    model = inside(model)
     if ATTRIBUTE in model.__dict__:
         return model
     found = [module for module in model.modules() if ATTRIBUTE in module.__dict__]
@@ -27,6 +33,41 @@ def unwrapped(model: nn.Module) -> nn.Module:
             f"{len(found)} parts of this {type(model).__name__} have adapters of their own: name one of them"
         )
     return found[0] if found else model
+
+
+def whole(model: nn.Module) -> nn.Module:
+    """Return the module that adapters are put into: ``unwrapped(model)``, if that leaves nothing of the model out.
+
+    Raises:
+        StateError: if a part of the model has adapters of its own, and there are layers outside of that part.
+    """
+    root, outer = unwrapped(model), inside(model)
+    if root is outer:
+        return root
+    below = {id(module) for module in root.modules()}
+    named = base_modules(outer)
+    left = [name for name, module in named if id(module) not in below and _has_parameters(module)]
+    if left:
+        part = next(name for name, module in named if module is root)
+        raise StateError(
+            f"the part {part!r} of this {base_class(outer).__name__} has adapters of its own, and nothing outside of it could "
+            f"get any ({shortened(left, 3)}). Give that part, with names as they are in it, or take its adapters out first: "
+            f"convpeft.eject(model.{part}); the model is unchanged."
+        )
+    return root
+
+
+def refuse_part(model: nn.Module) -> None:
+    """Raise a StateError if a model without records has modules that convpeft changed: they belong to a whole."""
+    if any(isinstance(module, Swapped) for module in model.modules()):
+        raise StateError(
+            f"this {base_class(model).__name__} is part of a model that has adapters already, or a copy of such a part, or "
+            "shares modules with one. Call convpeft on that model, with patterns for this part, or eject its adapters first."
+        )
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
 
 
 @dataclass
@@ -51,17 +92,24 @@ class AdaptedModel:
 
     @classmethod
     def find(cls, model: nn.Module) -> AdaptedModel | None:
-        """Return the handle of a model, or None when nothing is injected."""
+        """Return the handle of a model, or None when nothing is injected.
+
+        Raises:
+            StateError: if it is a part of a model with adapters, or two parts of it have adapters of their own.
+        """
         root = unwrapped(model)
         state = root.__dict__.get(ATTRIBUTE)
-        return None if state is None else cls(root, state)
+        if state is None:
+            refuse_part(root)
+            return None
+        return cls(root, state)
 
     @classmethod
     def of(cls, model: nn.Module) -> AdaptedModel:
         """Return the handle of a model with adapters.
 
         Raises:
-            StateError: if nothing is injected.
+            StateError: if nothing is injected, or it is a part of a model with adapters.
         """
         found = cls.find(model)
         if found is None:
@@ -88,14 +136,17 @@ class AdaptedModel:
             StateError: if the model was changed and it is gone.
         """
         if name not in self._found:
-            module: nn.Module | None = self.root
+            module: nn.Module = self.root
             for part in name.split(".") if name else ():
-                module = module._modules.get(part)  # type: ignore[union-attr]  # faster than get_submodule
-                if module is None:
+                child = module._modules.get(part)  # faster than get_submodule
+                if child is None:
+                    child = inside(module)._modules.get(part)
+                if child is None:
                     raise StateError(
                         f"{name!r} was adapted and is no longer in the model: it was changed after inject()"
                     )
-            self._found[name] = module  # type: ignore[assignment]
+                module = child
+            self._found[name] = inside(module)
         return self._found[name]
 
     def slots(self, name: str) -> Slots:

@@ -10,18 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from .slots import SLOT, base_class, slots_of
+from .wrappers import named_inside
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def base_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return every module of the user's with its name, all names of a shared one, none of convpeft's."""
+    """Return every module of the user's with its name, all names of a shared one, none of convpeft's.
+
+    Wrappers (``torch.compile``'s, DDP) are left out, and so are the parts of names that come from them.
+    """
     mark = f".{SLOT}."
-    return [
+    found = [
         (name, module)
         for name, module in root.named_modules(remove_duplicate=False)
         if mark not in f".{name}." or not _is_ours(root, name)
     ]
+    return named_inside(found)
+
+
+def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of the user's modules by name, all names of a shared one; none of convpeft's."""
+    return {
+        f"{name}.{key}" if name else key: parameter
+        for name, module in base_modules(root)
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    }
 
 
 def unique_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -23,6 +23,7 @@ from .guards import fusing_methods, refuse_another_bias, refusing
 from .keeping import kept_training, overrides_train, require_training
 from .modules import exact_copies
 from .slots import HOME, SLOT, Slots, Swapped, base_class, slots_of
+from .trainers import guard_trainers
 from .unfrozen import keep_shown, swap_in
 
 
@@ -175,6 +176,7 @@ class _AdaptedModuleDict(Adapted):
 @cache
 def adapted_class(base: Any) -> Any:
     """Return the generated subclass ``Adapted<Base>``: the mixin in front of exactly ``base``."""
+    guard_trainers([base])
     mixin: type = Adapted
     if issubclass(base, (nn.Sequential, nn.ModuleList)):
         mixin = _AdaptedSequence

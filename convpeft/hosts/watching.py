@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 
 from .modules import base_class, base_modules
 from .swap import Adapted
+from .uncompiled import uncompiled
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,12 @@ def watched_run(root: nn.Module, hosts: Iterable[nn.Module], run: Callable[[], A
     try:
         for module, _ in modes:
             module.training = False
-        with _uncompiled(), torch.no_grad(), _stack(found) as running, _Reads(root, hosts, running, found):
+        with uncompiled(), torch.no_grad(), _stack(found) as running, _Reads(root, hosts, running, found):
             run()
     finally:
         for module, mode in modes:
             module.training = mode
     return found
-
-
-def _uncompiled() -> Any:
-    """Return a context in which compiled parts of a model run as they were written."""
-    stance = getattr(torch.compiler, "set_stance", None) if "torch._dynamo" in sys.modules else None
-    return nullcontext() if stance is None else stance("force_eager")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Check by one forward pass which adapters ran, and which layers were bypassed: another module read their weight."""
+"""Check by running the model which adapters ran, which layers others read past, and which adapters no gradient reaches."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from torch import nn
 
 from ..errors import StateError
 from ..hosts.model import AdaptedModel
+from ..hosts.reaching import cut_off
 from ..hosts.watching import watched_run
+from ..hosts.wrappers import inside
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Which adapters ran in one forward pass; print it.
+    """Which adapters ran in a forward pass, and whether gradients would reach them; print it.
 
     Attributes:
         called: ``layer: adapter name`` of each that ran.
         never_called: of each that did not.
         read_past: of each, called or not, whose layer's weights were read while the layer was not running: what was made
             of them has nothing of the adapter, and a merge would change it.
+        no_gradient: of each that ran, but that no gradient of the model's outputs would reach.
         reasons: why, for each that is not as it should be.
     """
 
@@ -28,11 +31,12 @@ class CheckReport:
     never_called: tuple[str, ...]
     read_past: tuple[str, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
+    no_gradient: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Return whether every active adapter ran, and no layer was read past."""
-        return not self.never_called and not self.read_past
+        """Return whether every active adapter ran and can be trained, and no layer was read past."""
+        return not self.never_called and not self.read_past and not self.no_gradient
 
     def __str__(self) -> str:
         count = len(self.called) + len(self.never_called)
@@ -43,6 +47,7 @@ class CheckReport:
         for labels, what in (
             (self.never_called, "were never called"),
             (also, "ran, but not in all that their layers do"),
+            (self.no_gradient, "ran, but no gradient reaches them"),
         ):
             if labels:
                 lines.append(f"{len(labels)} of {count} active adapters {what}:")
@@ -51,15 +56,24 @@ class CheckReport:
             lines.append("Where others read a layer's weight, put the adapter on their output instead (place: output).")
         if set(self.never_called) - set(self.read_past):
             lines.append("A layer that did not run may need other inputs, or belongs to a branch that nothing uses.")
+        if self.no_gradient:
+            lines.append(
+                "What no gradient reaches does not train. A model that needs targets for that wants them as inputs here."
+            )
         return "\n".join(lines)
 
 
 def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport:
-    """Run one forward pass and name every active adapter that was never called, or whose layer was bypassed.
+    """Run the model and name every active adapter that was never called, whose layer was bypassed, or that cannot train.
 
-    The pass runs in eval mode without gradients, and each module's mode is as before afterwards. Every operation is
+    One pass runs in eval mode without gradients, and each module's mode is as before afterwards. Every operation is
     looked at: one that takes a weight of an adapted layer while that layer is not running bypasses the adapter, whether
     it is ``F.linear(x, layer.weight)``, a fused kernel or a view of the weight.
+
+    A second pass, of a copy and with gradients, shows which adapters no gradient reaches: those under ``torch.no_grad()``
+    inside the model, in a reentrant checkpoint none of whose inputs requires gradients, or before a ``detach()``. It runs in
+    training mode if the copy runs so on these inputs. Nothing is said where that does not show: a copy that fails, or
+    outputs in eval mode that carry no graph.
 
     Args:
         model: an injected model.
@@ -77,12 +91,18 @@ def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport:
         for name in adapted.state.active
         for key, adapter in adapted.adapters(name)
     ]
-    plain = getattr(model, "_orig_mod", model)  # of torch.compile
+    plain = inside(model)
     found = watched_run(plain, [layer for _, layer, _ in watched], lambda: plain(*inputs, **kwargs))
     called: list[str] = []
     never_called: list[str] = []
     read_past: list[str] = []
     reasons: dict[str, str] = {}
+    cut = cut_off(
+        plain, [(layer, adapter) for _, layer, adapter in watched if id(adapter) in found.ran], inputs, kwargs
+    )
+    no_gradient = tuple(
+        label for label, layer, adapter in watched if id(adapter) in cut and id(layer) not in found.readers
+    )
     for label, layer, adapter in watched:
         ran, reader = id(adapter) in found.ran, found.readers.get(id(layer))
         (called if ran else never_called).append(label)
@@ -91,4 +111,6 @@ def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport:
             reasons[label] = f"its weights were read by {reader}, not by the layer itself"
         elif not ran:
             reasons[label] = "it did not run on these inputs"
-    return CheckReport(tuple(called), tuple(never_called), tuple(read_past), reasons)
+        elif id(adapter) in cut:
+            reasons[label] = cut[id(adapter)]
+    return CheckReport(tuple(called), tuple(never_called), tuple(read_past), reasons, no_gradient)

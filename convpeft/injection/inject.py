@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from ..convolution.precision import floating_dtype
-from ..hosts.model import ATTRIBUTE, AdaptedModel, unwrapped
-from ..hosts.modules import base_modules
+from ..hosts.model import ATTRIBUTE, AdaptedModel, whole
+from ..hosts.modules import base_modules, named_parameters
 from ..hosts.records import AdapterRecord
+from ..hosts.trainers import guard_trainers
+from ..hosts.wrappers import refuse_parallel
 from ..planning.plan import Plan
 from ..planning.planner import make_plan
 from ..planning.spec import SpecLike, as_spec
@@ -44,8 +46,8 @@ def inject(
 
     Raises:
         SpecError: all problems of the spec at once; or a dtype that adapters cannot have.
-        StateError: if the name is taken or unusable.
-        HostError: if a module does not allow its class to be extended.
+        StateError: if the name is taken or unusable, or the model is a part of one that has adapters, or has such a part.
+        HostError: if a module does not allow its class to be extended, or DDP or FSDP wraps the model already.
 
     Example:
         >>> import torch
@@ -54,8 +56,10 @@ def inject(
         >>> [n for n, p in model.named_parameters() if p.requires_grad]
         ['0.convpeft.screw.down', '0.convpeft.screw.up']
     """
-    root, wanted = unwrapped(model), floating_dtype(dtype)
+    root, wanted = whole(model), floating_dtype(dtype)
     check_name(root, name)
+    refuse_parallel(root)
+    guard_trainers(map(type, root.modules()))
     report = make_plan(root, as_spec(spec), example_inputs)
     layers = {layer.name: layer.record() for layer in report.layers}
     record = AdapterRecord(report.spec, layers, dict(report.owned), report.norm)
@@ -94,7 +98,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
         return model
     adapted.restore(list(state.swapped))
     del adapted.root.__dict__[ATTRIBUTE]
-    parameters = dict(adapted.root.named_parameters(remove_duplicate=False))
+    parameters = named_parameters(adapted.root)
     for key, flag in state.requires_grad.items():
         if key in parameters:
             parameters[key].requires_grad_(flag)

@@ -14,7 +14,7 @@ from ..errors import HostError, StateError
 from ..hosts.guards import can_be_lean, fusing_methods, swap_refusal
 from ..hosts.keeping import overrides_train
 from ..hosts.model import ATTRIBUTE, AdaptedModel
-from ..hosts.modules import device_and_dtype, is_batchnorm_like, is_within, unique_modules
+from ..hosts.modules import device_and_dtype, is_batchnorm_like, is_within, named_parameters, unique_modules
 from ..hosts.records import AdapterRecord, ModelState
 from ..hosts.slots import BASE, StoredTensors, base_class, slots_of
 from ..hosts.swap import adapt, restore, wants_training
@@ -99,12 +99,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
     modules = unique_modules(root)
     before = Rollback(root, model, modules)
     if model is None:
-        if before.lean:
-            raise StateError(
-                f"this {base_class(root).__name__} is part of a model that has adapters already, or a copy of such "
-                "a part. Inject into that model, with patterns for this part, or eject its adapters first."
-            )
-        flags = {key: p.requires_grad for key, p in root.named_parameters(remove_duplicate=False)}
+        flags = {key: p.requires_grad for key, p in named_parameters(root).items()}
         norms = [key for key, module in modules if is_batchnorm_like(module)]
         model = AdaptedModel(root, ModelState(requires_grad=flags, norms=norms))
     state = model.state

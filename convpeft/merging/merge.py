@@ -14,7 +14,7 @@ from ..errors import GeometryError, MergeError, OptionError
 from ..hosts.chains import attach_chains, refuse_fusing, set_bias
 from ..hosts.guards import fusing_methods
 from ..hosts.model import ATTRIBUTE, AdaptedModel
-from ..hosts.modules import base_modules, deep_copy, device_and_dtype, is_sequence
+from ..hosts.modules import base_modules, deep_copy, device_and_dtype, is_sequence, named_parameters
 from ..hosts.slots import SLOT
 from ..hosts.unfrozen import keep_shown
 from .forms import Job, Merged, solve
@@ -204,7 +204,7 @@ def _drop_adapters(adapted: AdaptedModel, kept: set[str]) -> None:
     if not kept:
         adapted.restore(state.swapped)
         del adapted.root.__dict__[ATTRIBUTE]
-        for key, parameter in adapted.root.named_parameters(remove_duplicate=False):
+        for key, parameter in named_parameters(adapted.root).items():
             parameter.requires_grad_(state.requires_grad.get(key, False))
         return
     for name in list(state.adapters):

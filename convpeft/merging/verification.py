@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from ..convolution.comparison import compare
 from ..errors import MergeError
 from ..hosts.modules import base_class, base_modules, deep_copy
 from ..hosts.watching import watched_run
+from ..hosts.wrappers import inside
 from ..planning.bypasses import weight_readers
-from ..planning.probing import as_inputs
+from ..planning.examples import ExampleFailed, call_example
 
 _IN_A_MODEL = 1e-6  # a layer's own rounding grows on its way through a deep model
 
@@ -31,8 +32,13 @@ def read_past(model: nn.Module, targets: Mapping[str, nn.Module], example_inputs
     """
     ran = None
     if example_inputs is not None:
-        plain = getattr(model, "_orig_mod", model)  # of torch.compile
-        ran = watched_run(plain, targets.values(), lambda: plain(*as_inputs(example_inputs)))
+        plain = inside(model)
+        try:
+            ran = watched_run(plain, targets.values(), lambda: call_example(plain, example_inputs))
+        except ExampleFailed as failed:
+            raise MergeError(
+                f"this {base_class(plain).__name__} failed on the example inputs: {failed}; the model is unchanged."
+            ) from failed.__cause__
     readers = weight_readers(module for _, module in base_modules(model))
     found: dict[str, str] = {}
     for name, target in targets.items():
@@ -52,7 +58,7 @@ def _why(what: str) -> str:
 
 def double_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model in float64 and eval mode."""
-    return deep_copy(getattr(model, "_orig_mod", model)).double().eval()
+    return deep_copy(inside(model)).double().eval()
 
 
 def compare_outputs(adapted: nn.Module, merged: nn.Module, example_inputs: Any) -> None:
@@ -61,8 +67,7 @@ def compare_outputs(adapted: nn.Module, merged: nn.Module, example_inputs: Any) 
     Raises:
         MergeError: naming the output and both numbers, or that there is nothing to compare.
     """
-    inputs = tree_map(_exact, as_inputs(example_inputs))
-    expected, got = _outputs(adapted, inputs), _outputs(merged, inputs)
+    expected, got = _outputs(adapted, example_inputs), _outputs(merged, example_inputs)
     if not expected or len(expected) != len(got):
         raise MergeError(
             f"this {base_class(adapted).__name__} returned {len(expected)} tensors with its adapters and {len(got)} without, "
@@ -83,14 +88,14 @@ def _exact(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """Return the tensors that a model gives, in float64; it may draw random numbers, the same each time."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            output = model(*inputs)
-        except Exception as error:  # the user's own model: whatever it raises, the refusal says it
+            output = call_example(model, example_inputs, _exact)
+        except ExampleFailed as failed:
             raise MergeError(
-                f"this {base_class(model).__name__} failed in float64 on the example inputs: {error}; it is unchanged."
-            ) from error
+                f"this {base_class(model).__name__} failed in float64 on the example inputs: {failed}; it is unchanged."
+            ) from failed.__cause__
     return [value.double() for value in tree_flatten(output)[0] if isinstance(value, Tensor)]

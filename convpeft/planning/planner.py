@@ -9,7 +9,7 @@ from torch import nn
 from ..adapters.options import AdapterOptions, read_options
 from ..adapters.registry import adapter_class
 from ..errors import PatternError, SpecError, raise_problems, shown
-from ..hosts.model import unwrapped
+from ..hosts.model import whole
 from ..hosts.modules import is_batchnorm_like, is_within
 from ..hosts.slots import base_class
 from .bypasses import bypassed
@@ -30,6 +30,7 @@ def plan(model: nn.Module, spec: SpecLike, *, example_inputs: Any = None) -> Pla
 
     Raises:
         SpecError: all problems of the spec at once (a subclass when all are of one sort).
+        StateError: if a part of the model has adapters of its own.
 
     Example:
         >>> import torch
@@ -37,7 +38,7 @@ def plan(model: nn.Module, spec: SpecLike, *, example_inputs: Any = None) -> Pla
         >>> plan(model, {"rules": [{"match": "0", "kind": "lora", "rank": 2}]}).adapter_parameters
         70
     """
-    return make_plan(unwrapped(model), as_spec(spec), example_inputs)
+    return make_plan(whole(model), as_spec(spec), example_inputs)
 
 
 def make_plan(root: nn.Module, spec: Spec, example_inputs: Any = None) -> Plan:
@@ -111,7 +112,7 @@ def _unfrozen(selection: Selection, problems: list[SpecError]) -> dict[str, floa
         if label in selection.check.unresolved:
             continue
         before = len(selection.problems)
-        resolved = selection.spec.resolve(entry.match)
+        resolved = selection.resolved(entry.match)
         excluded = [compile_glob(pattern[1:]) for _, pattern in resolved if pattern.startswith("!")]
         for written, _, matched in selection.select(entry.match, label):
             below = [

@@ -1,10 +1,7 @@
-"""Probes: what only running a copy tells of a module: its output's channels, whether it is the convolution it declares."""
+"""Probes: what only running a copy tells of a layer: whether it is the convolution it declares."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,106 +9,8 @@ from torch import Tensor, nn
 
 from ..convolution.comparison import compare
 from ..convolution.geometry import PLAIN_HOSTS, ConvGeometry, random_input
-from ..hosts.forward import entry_index
-from ..hosts.modules import base_class, deep_copy, device_and_dtype, is_sequence
+from ..hosts.modules import base_class, deep_copy
 from ..hosts.swap import plain_copy
-
-_IMAGE = (1, 3, 64, 64)
-
-
-@dataclass(frozen=True)
-class OutputShape:
-    """The channels of a module's output: how many, and whether they are the last axis."""
-
-    channels: int
-    channels_last: bool
-
-
-def known_channels(module: nn.Module) -> OutputShape | None:
-    """Return the output's channels where the module, or the last layer of a Sequential, says them; else None."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        return OutputShape(module.out_channels, False)
-    if isinstance(module, nn.Linear):
-        return OutputShape(module.out_features, True)
-    if isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
-        return OutputShape(module.num_features, False)
-    if isinstance(module, nn.GroupNorm):
-        return OutputShape(module.num_channels, False)
-    if isinstance(module, nn.LayerNorm):
-        return OutputShape(module.normalized_shape[-1], True)
-    if is_sequence(module):
-        for step in reversed(list(module)):  # type: ignore[call-overload]
-            if not _keeps_channels(step):
-                return known_channels(step)
-    return None
-
-
-def probe_outputs(
-    root: nn.Module, names: Sequence[str], entries: dict[str, Any], example: Any
-) -> dict[str, OutputShape]:
-    """Run a copy of the model once and return the output shapes of the named modules that were reached.
-
-    Args:
-        root: the user's model; a copy of it runs, in eval mode and without gradients.
-        names: modules to watch.
-        entries: for each name the entry of its output to look at, or None.
-        example: example inputs (a tensor, or a tuple of positional inputs); None tries one 3x64x64 image.
-
-    Returns:
-        Shapes by name; a module that did not run, or returned no tensor, is missing. A model that cannot run on the
-        generic image gives an empty result; one that cannot run on the user's own example raises its own error.
-    """
-    try:
-        model = deep_copy(root).eval()
-        device, dtype = device_and_dtype(root)
-        inputs = as_inputs(torch.zeros(_IMAGE, device=device, dtype=dtype) if example is None else example)
-        with watch([(name, model.get_submodule(name)) for name in names]) as outputs, torch.no_grad():
-            model(*inputs)
-    except Exception:
-        if example is not None:
-            raise
-        return {}
-    found: dict[str, OutputShape] = {}
-    for name, output in outputs.items():
-        tensor = pick(output, entries.get(name))
-        if isinstance(tensor, Tensor) and tensor.ndim >= 2:
-            last = tensor.ndim != 4
-            found[name] = OutputShape(tensor.shape[-1 if last else 1], last)
-    return found
-
-
-def as_inputs(example: Any) -> tuple[Any, ...]:
-    """Return example inputs as the positional arguments of a call."""
-    return tuple(example) if isinstance(example, (tuple, list)) else (example,)
-
-
-def pick(output: Any, entry: int | str | None) -> Any:
-    """Return the named entry of a module's output, the output itself for None; None when there is no such entry."""
-    if entry is None:
-        return output
-    try:
-        return output[entry_index(output, entry)]
-    except (KeyError, IndexError, TypeError, ValueError):
-        return None
-
-
-@contextmanager
-def watch(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, Any]]:
-    """Collect, by name, what each module returns on its first call inside the context."""
-    outputs: dict[str, Any] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            outputs.setdefault(name, output)
-
-        return hook
-
-    handles = [module.register_forward_hook(note(name)) for name, module in modules]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def unlike_its_convolution(layer: nn.Module) -> str | None:
@@ -186,10 +85,3 @@ def unreadable(layer: nn.Module) -> str | None:
         "it computes with the layer's weight, and this layer's forward is not the convolution of its weight alone: on a "
         f"random input they differ by {apart.difference:.3g}, where the largest output is {apart.largest:.3g}"
     )
-
-
-def _keeps_channels(module: nn.Module) -> bool:
-    if isinstance(module, (nn.GLU, nn.MultiheadAttention)):  # they live among the activations
-        return False
-    kept = isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d))
-    return kept or base_class(module).__module__ == "torch.nn.modules.activation"

@@ -13,6 +13,7 @@ from ..convolution.geometry import PLAIN_HOSTS
 from ..errors import PatternError, SpecError, closest, shortened, shown
 from ..hosts.modules import base_modules
 from ..hosts.slots import base_class
+from ..hosts.wrappers import bare
 from .globs import Glob, compile_glob, quoted
 from .rules import Rule
 from .sites import has_output
@@ -81,7 +82,7 @@ class Selection:
 
     def select(self, patterns: Iterable[str], label: str) -> list[tuple[str, bool, list[Candidate]]]:
         """Return, for each positive pattern, ``(as written, exact names only, the modules it matches)``."""
-        resolved = self.spec.resolve(patterns)
+        resolved = self.resolved(patterns)
         excluding = [(written, pattern[1:]) for written, pattern in resolved if pattern.startswith("!")]
         excluded = [compile_glob(pattern) for _, pattern in excluding]
         for (written, pattern), glob in zip(excluding, excluded, strict=True):
@@ -102,6 +103,22 @@ class Selection:
                 continue
             selected.append((written, glob.is_literal, kept))
         return selected
+
+    def resolved(self, patterns: Iterable[str]) -> list[tuple[str, str]]:
+        """Return ``(as written, as it fits this model)`` for each pattern, aliases replaced by what they stand for."""
+        return [(written, self._fitting(pattern)) for written, pattern in self.spec.resolve(patterns)]
+
+    def _fitting(self, pattern: str) -> str:
+        """Return a pattern as it fits this model: one that matches nothing may be of a wrapper's names (``_orig_mod.neck``)."""
+        sign, positive = ("!", pattern[1:]) if pattern.startswith("!") else ("", pattern)
+        shorter = bare(positive)
+        if shorter == positive or self._matches(positive):
+            return pattern
+        return sign + shorter if self._matches(shorter) else pattern
+
+    def _matches(self, pattern: str) -> bool:
+        glob = compile_glob(pattern)
+        return any(candidate.matched_by(glob) for candidate in self.candidates)
 
     def _deal(self, number: int, rule: Rule) -> None:
         label = f"rule {number}"

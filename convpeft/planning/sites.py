@@ -18,8 +18,11 @@ from ..hosts.chains import carries_chains
 from ..hosts.guards import swap_refusal
 from ..hosts.slots import BASE, Entry, base_class
 from ..hosts.unfrozen import tensors_of
+from .contracts import OutputShape
+from .outputs import Asked, known_output, observed_outputs
 from .plan import PlannedLayer
-from .probing import OutputShape, known_channels, probe_outputs, unlike_its_convolution, unreadable
+from .probing import unlike_its_convolution, unreadable
+from .shapes import Verdict
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,11 @@ class Sites:
         self.model, self.bypassed, self.example_inputs, self.trusting = model, bypassed, example_inputs, trusting
         self.problems: list[str] = []
         self.drafts: dict[tuple[str, Site, AdapterOptions], Adapter] = {}
-        shapes = self._output_shapes([each for each in wanted if each.place == "output"])
+        outputs = self._outputs([each for each in wanted if each.place == "output"])
         self.layers: list[PlannedLayer] = []
         for each in wanted:
             try:
-                self.layers.append(self._layer(each, shapes.get(each.name)))
+                self.layers.append(self._layer(each, outputs.get(each.name, Verdict())))
             except _Refused as refused:
                 self.problems.append(f"{each.label}{refused}")
 
@@ -99,34 +102,33 @@ class Sites:
             self.drafts[key] = make_adapter(kind, site, options, "meta")
         return self.drafts[key]
 
-    def _output_shapes(self, wanted: Sequence[Wanted]) -> dict[str, OutputShape]:
-        """Return the shapes of outputs, by module name; what no module says of itself is found by running a copy."""
-        shapes: dict[str, OutputShape] = {}
-        unknown: list[Wanted] = []
+    def _outputs(self, wanted: Sequence[Wanted]) -> dict[str, Verdict]:
+        """Return what is known of outputs, by module name; what no single layer tells is found by running copies."""
+        found: dict[str, Verdict] = {}
+        unknown: list[Asked] = []
+        wanted = [each for each in wanted if host_refusal(each.module, "output", self.bypassed) is None]
         for each in wanted:
-            known = known_channels(each.module) if each.output is None else None
-            filed = None if each.geometry is None else OutputShape(each.geometry.out_channels, each.geometry.linear)
+            known = known_output(each.module) if each.output is None else None
             if known is not None:
-                shapes[each.name] = known
-            elif each.channels is not None and self.example_inputs is None:
-                shapes[each.name] = OutputShape(each.channels, False)
+                found[each.name] = known
+            elif each.geometry is not None and self.trusting:
+                found[each.name] = Verdict(OutputShape(each.geometry.out_channels, each.geometry.linear))
             else:
-                if filed is not None:
-                    shapes[each.name] = filed
-                if filed is None or not self.trusting:
-                    unknown.append(each)
+                unknown.append(Asked(each.name, each.module, each.output, each.channels))
         if unknown:
-            entries = {each.name: each.output for each in unknown}
-            shapes.update(probe_outputs(self.model, list(entries), entries, self.example_inputs))
-        return shapes
+            found.update(observed_outputs(self.model, unknown, self.example_inputs))
+        for each in wanted:
+            if each.geometry is not None and not found[each.name].found:  # nothing runs here: the file is believed
+                found[each.name] = Verdict(OutputShape(each.geometry.out_channels, each.geometry.linear))
+        return found
 
-    def _layer(self, wanted: Wanted, shape: OutputShape | None) -> PlannedLayer:
+    def _layer(self, wanted: Wanted, output: Verdict) -> PlannedLayer:
         refusal = host_refusal(wanted.module, wanted.place, self.bypassed)
         if refusal:
             raise _Refused(f" cannot host an adapter: {refusal}")
         kind = adapter_class(wanted.kind)
         refusal = _place_refusal(kind, wanted)
-        site = None if refusal else Site(wanted.place, _geometry(wanted, shape))
+        site = None if refusal else Site(wanted.place, _geometry(wanted, output))
         try:
             refusal = refusal or kind.refuses(site, wanted.options)  # type: ignore[arg-type]
             draft = None if refusal else self.draft(wanted.kind, site, wanted.options)  # type: ignore[arg-type]
@@ -157,13 +159,16 @@ class _Refused(Exception):  # not an error of ours: the end of the sentence that
     """Why there can be no adapter."""
 
 
-def _geometry(wanted: Wanted, shape: OutputShape | None) -> ConvGeometry:
-    """Return the geometry of the site of a wanted adapter; ``shape`` is that of the module's output, if need be."""
+def _geometry(wanted: Wanted, output: Verdict) -> ConvGeometry:
+    """Return the geometry of the site of a wanted adapter; ``output`` is what is known of the module's, if need be."""
+    shape = output.shape
     if wanted.place == "parallel":
         here = ConvGeometry.of(wanted.module)
+    elif output.refusal:
+        raise _Refused(f" cannot take an adapter on its output: {output.refusal}")
     elif shape is None:
         raise _Refused(
-            ": the channels of its output could not be found out (it did not run, or returned no tensor). "
+            f": the channels of its output could not be found out ({output.unclear or 'it did not run'}). "
             "Give channels: in the rule, output: for an entry of a tuple or dict, or example_inputs= to inject()."
         )
     elif wanted.channels not in (None, shape.channels):

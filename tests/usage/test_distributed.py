@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import convpeft
 from tests.cases import assert_relative
-from tests.detector import images
+from tests.detector import LORA, Untouched, detector, images
 from tests.usage.test_copies import SPECS, two_adapters
 
 pytestmark = pytest.mark.slow
@@ -157,3 +157,54 @@ def _fsdp_light(rank: int) -> None:
 
 def test_adapters_alone_switch_under_fsdp2():
     run(_fsdp_light)
+
+
+def _late(rank: int, folder: Path) -> None:
+    """Adapters that come after the wrapper are refused, whichever handle is given, and the model trains on as it did."""
+    model, _, x = built(next(iter(SPECS)))
+    path = convpeft.save_adapter(model, folder / f"{rank}.safetensors", name="a")
+    for make in (detector, lambda: two_adapters(next(iter(SPECS)))):
+        torch.manual_seed(0)
+        model = make()
+        before = Untouched(model)
+        wrapped = DistributedDataParallel(model)
+        around = nn.Sequential(nn.Identity(), wrapped)
+        text = (
+            r"is wrapped in DistributedDataParallel already.*bare model first and wrap it then.*the model is unchanged"
+        )
+        for given in (wrapped, model, around):
+            with pytest.raises(convpeft.HostError, match=text):
+                convpeft.inject(given, {"rules": [LORA]}, name="late")
+            with pytest.raises(convpeft.HostError, match=text):
+                convpeft.load_adapter(given, path, name="late")
+        assert convpeft.plan(wrapped, {"rules": [LORA]}).layers[0].name == "body.0.conv"
+        before.check()
+        wrapped(x).sum().backward()
+        del wrapped, around, given
+        convpeft.inject(model, {"rules": [LORA]}, name="late")  # nobody holds the wrapper any more
+        assert convpeft.active_adapters(model) == ("late",)
+    part = detector()
+    part.body[0] = DistributedDataParallel(part.body[0].requires_grad_())
+    with pytest.raises(convpeft.HostError, match=text):
+        convpeft.inject(part, {"rules": [LORA]})
+    convpeft.inject(part.neck, {"rules": [{"match": "0", "kind": "lora", "rank": 1}]})  # a part that DDP has nothing of
+
+
+def test_adapters_that_come_after_ddp_are_refused(tmp_path):
+    run(_late, tmp_path)
+
+
+def _late_shards(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for part in ("", "neck"):
+        model = detector()
+        fully_shard(model.get_submodule(part), mesh=mesh)
+        with pytest.raises(convpeft.HostError, match="is wrapped in FSDPModule already"):
+            convpeft.inject(model, {"rules": [LORA]})
+
+
+def test_adapters_that_come_after_fsdp2_are_refused():
+    run(_late_shards)
