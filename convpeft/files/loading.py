@@ -14,6 +14,7 @@ from ..adapters.options import read_options
 from ..adapters.registry import adapter_class
 from ..convolution.geometry import ConvGeometry
 from ..errors import AdapterFileError, BaseMismatch, SpecError, shortened
+from ..hosts.buffers import saved_buffers
 from ..hosts.model import unwrapped
 from ..hosts.modules import base_modules, unique_modules
 from ..hosts.records import AdapterRecord
@@ -23,8 +24,8 @@ from ..injection.install import Built, build, check_name, install
 from ..planning.bypasses import bypassed
 from ..planning.plan import PlannedLayer
 from ..planning.sites import Sites, Wanted, half_shared, lazy_modules
-from .fingerprints import digest, fingerprint
-from .header import ADAPTER, OWN, AdapterFile, inspect_adapter, tensor_key
+from .fingerprints import differing, digest
+from .header import ADAPTER, OWN, STATE, AdapterFile, inspect_adapter, tensor_key
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -111,11 +112,10 @@ def _doubles(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator
 
 
 def _check_base(root: nn.Module, file: AdapterFile, path: Path) -> None:
-    here = fingerprint(root)
-    differ = [key for key in {**file.base, **here} if file.base.get(key) != here.get(key)]
+    differ, count = differing(root, file.base, file.parts)
     if differ:
         raise BaseMismatch(
-            f"{path} was made on another base: {len(differ)} of {len(here)} layers differ ({shortened(differ)}); the model is "
+            f"{path} was made on another base: {len(differ)} of {count} layers differ ({shortened(differ)}); the model is "
             "unchanged. Load the base's own checkpoint first; any_base=True takes the adapter as it is.",
             differ,
         )
@@ -130,11 +130,13 @@ def _check_tensors(modules: Mapping[str, nn.Module], sites: Sites, file: Adapter
     for name in file.owned:
         own = tensors_of(modules[name], BASE)
         wanted.update({tensor_key(OWN, name, key): tensor for key, tensor in own.items()})
+    moved = {key: tensor for key, (_, _, tensor) in _moved(modules, file).items()}
+    wanted.update(moved)
     problems = [f"{key} is missing" for key in wanted if key not in file.tensors]
     problems += [f"{key} is not expected" for key in file.tensors if key not in wanted]
     for key in wanted.keys() & file.tensors.keys():
         (shape, saved), here = file.tensors[key], wanted[key]
-        if shape != tuple(here.shape):
+        if shape != tuple(here.shape) and key not in moved:  # a bank may have grown
             problems.append(f"{key} is {shape} in the file, {tuple(here.shape)} here")
         dtype = _DTYPES.get(saved)
         if dtype is None or (dtype != here.dtype and not (dtype.is_floating_point and here.is_floating_point())):
@@ -143,6 +145,18 @@ def _check_tensors(modules: Mapping[str, nn.Module], sites: Sites, file: Adapter
         raise AdapterFileError(
             f"{path}: {len(problems)} tensors do not fit; the model is unchanged. {'; '.join(problems[:12])}"
         )
+
+
+def _moved(modules: Mapping[str, nn.Module], file: AdapterFile) -> dict[str, tuple[str, str, Tensor]]:
+    """Return, for each buffer in the file that training moved, its module, its name, and what the base has, by its key."""
+    if not any(key.startswith(f"{STATE}:") for key in file.tensors):
+        return {}
+    found = {
+        tensor_key(STATE, name, key): (name, key, tensor)
+        for name, module in modules.items()
+        for key, tensor in saved_buffers(module).items()
+    }
+    return {key: place for key, place in found.items() if key in file.tensors}
 
 
 def _built(
@@ -159,6 +173,8 @@ def _built(
 
     with torch.random.fork_rng(devices=[]):
         built = build(modules, layers, file.owned, lambda name, key, old: saved(tensor_key(OWN, name, key), old))
+    for key, (name, buffer, old) in _moved(modules, file).items():
+        built.buffers.setdefault(name, {})[buffer] = saved(key, old)
     for name, adapter in built.adapters.items():
         for key, tensor in adapter.state_dict(keep_vars=True).items():
             tensor.data = saved(tensor_key(ADAPTER, name, key), tensor)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .buffers import Phase
+
 
 @dataclass
 class LayerRecord:
@@ -57,6 +59,7 @@ class ModelState:
         norms: names of all BatchNorm-like modules.
         held: whether these are held in eval mode now; None before the first switch.
         routed: names of the adapters that samples go through inside ``route``; else None.
+        phase: whether anything trained since the last switch.
     """
 
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
@@ -67,6 +70,7 @@ class ModelState:
     norms: list[str] = field(default_factory=list)
     held: bool | None = None
     routed: tuple[str, ...] | None = None
+    phase: Phase = field(default_factory=Phase)
 
     @property
     def running(self) -> tuple[str, ...]:

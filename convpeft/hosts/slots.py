@@ -9,6 +9,7 @@ from torch import nn
 
 SLOT = "convpeft"  # name of the child in the module
 STASH = "_stash"  # name of the stored tensors in the child
+KEPT = "_convpeft_buffers"  # attribute of a module that remembers its buffers
 BASE = "_base"  # the owner of the module's own values
 Entry = int | str | None  # the adapted entry of a module's output; None: the output itself
 
@@ -40,9 +41,11 @@ class Slots(nn.ModuleDict):
         router: sends the samples of a batch through their adapters, inside ``convpeft.route``; else None.
         wanted_training: the mode last asked for while held.
         loading: a state_dict is being loaded into the module.
+        phase: of the model (``buffers.Phase``): told of training.
     """
 
     loading = False
+    phase: Any = None
 
     def __init__(self) -> None:
         super().__init__()

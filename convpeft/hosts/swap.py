@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..convolution.nodes import is_convolution, is_norm, normalise
 from ..errors import HostError
 from .forward import adapted_output, convolved
-from .guards import fusing_methods, refuse_another_bias, refusing
+from .guards import RESETS, fusing_methods, refuse_another_bias, refusing, unless_held
 from .modules import exact_copies
 from .slots import SLOT, Slots, Swapped, base_class, slots_of
 from .unfrozen import keep_shown, route_checkpoint, swap_in
@@ -49,6 +49,8 @@ class Adapted(Swapped):
     def train(self, mode: bool = True) -> Any:
         """Set the training mode; a held norm stays in eval mode."""
         slots: Slots = self._modules[SLOT]
+        if slots.phase is not None and (mode or wants_training(self)):  # type: ignore[arg-type]
+            slots.phase.trained = True
         slots.wanted_training = mode
         super().train(mode)  # type: ignore[misc]
         if slots.held:
@@ -149,6 +151,9 @@ def adapted_class(base: Any) -> Any:
         mixin = _AdaptedNorm
     body: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, "adapted_from": base}
     body.update({method: refusing(method) for method in fusing_methods(base)})
+    body.update(
+        {method: unless_held(method) for method in RESETS if callable(getattr(base, "reset_running_stats", None))}
+    )
     return type(f"Adapted{base.__name__}", (mixin, base), body)
 
 

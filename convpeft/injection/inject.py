@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..hosts.buffers import drop, forget, put_away
 from ..hosts.model import ATTRIBUTE, AdaptedModel, unwrapped
 from ..hosts.modules import base_modules
 from ..hosts.records import AdapterRecord
@@ -77,10 +78,13 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     switch(adapted, tuple(active for active in state.active if active not in names))
     for each in names:
         adapted.take_out(each, adapted.touched([each]))
+        drop(adapted.root, each)
         del state.adapters[each]
     if state.adapters:
         train_only(adapted, state.active)
         return model
+    put_away(adapted.root, state.phase, held=True)
+    forget(adapted.root)
     adapted.restore(list(state.swapped))
     del adapted.root.__dict__[ATTRIBUTE]
     parameters = dict(adapted.root.named_parameters(remove_duplicate=False))

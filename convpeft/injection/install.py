@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter
 from ..adapters.registry import make_adapter
 from ..errors import HostError, StateError
+from ..hosts.buffers import Phase, adopt, drop, forget, give, put_away, remember
 from ..hosts.guards import can_be_lean, fusing_methods, swap_refusal
 from ..hosts.model import ATTRIBUTE, AdaptedModel
 from ..hosts.modules import device_and_dtype, is_batchnorm_like, is_within, unique_modules
@@ -30,10 +31,12 @@ class Built:
     Attributes:
         adapters: by layer.
         tensors: its own values of unfrozen modules, by module.
+        buffers: its own of other modules, that training moved, by module.
     """
 
     adapters: dict[str, Adapter]
     tensors: dict[str, StoredTensors]
+    buffers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def check_name(root: nn.Module, name: str) -> None:
@@ -73,6 +76,7 @@ def build(
     stores: dict[str, StoredTensors] = {}
     for name in unfrozen:
         stores[name] = store = StoredTensors()
+        adopt(modules[name])
         for key, tensor in tensors_of(modules[name], BASE).items():
             is_parameter = isinstance(tensor, nn.Parameter)
             if id(tensor) not in made:
@@ -111,6 +115,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
             raise HostError(f"{key or '(root)'} ({base_class(module).__name__}): {refusal}")
     model.require_hosts()
     try:
+        remember(root, state.phase)
         present = set(state.swapped)
         for key, module in wanted.items():
             adapt(module)
@@ -120,8 +125,11 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
             model.slots(key).put(name, adapter, record.layers[key].output)
         for key, tensors in built.tensors.items():
             model.slots(key).put_owner(name, tensors)
+        for key, buffers in built.buffers.items():
+            give(model.module(key), name, buffers)
         for key in state.swapped:
-            model.slots(key).lean = lean
+            slots = model.slots(key)
+            slots.lean, slots.phase = lean, state.phase
         state.adapters[name] = record
         root.__dict__[ATTRIBUTE] = state
         for parameter in root.parameters():
@@ -165,6 +173,10 @@ class Rollback:
         if self.model is not None:
             self.model.state.held = None  # whatever was held or let go in between
             switch(self.model, self.active)
+            drop(self.root, name)
+        else:
+            put_away(self.root, Phase(own=True))
+            forget(self.root)
         for key, module in unique_modules(self.root):
             slots = slots_of(module)
             if slots is None:
