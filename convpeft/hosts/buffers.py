@@ -78,39 +78,51 @@ def kept_of(module: nn.Module) -> Kept | None:
     return module.__dict__.get(KEPT)
 
 
-def users_modules(root: nn.Module) -> Iterator[nn.Module]:
-    """Yield each of the user's modules once, none of convpeft's, and nothing below TorchScript."""
+def users_modules(root: nn.Module) -> list[nn.Module]:
+    """Return each of the user's modules once, none of convpeft's, and nothing below TorchScript."""
     seen: set[int] = set()
+    found: list[nn.Module] = []
     left = [root]
     while left:
         module = left.pop()
-        if id(module) in seen or isinstance(module, (Slots, torch.jit.ScriptModule)):
+        if module is None or id(module) in seen:
             continue
         seen.add(id(module))
-        yield module
-        left.extend(child for child in module._modules.values() if child is not None)
+        if not isinstance(module, Slots) and not issubclass(type(module), torch.jit.ScriptModule):
+            found.append(module)
+            left.extend(module._modules.values())  # type: ignore[arg-type]
+    return found
 
 
-def remember(root: nn.Module, phase: Phase) -> None:
-    """Let every module that has buffers, or may make some, remember those of the base, in place; what is known stays."""
+def remember(modules: Iterable[nn.Module], phase: Phase) -> None:
+    """Let every one of the user's modules that has buffers, or may make some, remember those of the base, in place; what is known stays.
+
+    Classes of torch make no buffers later and keep nothing beside them.
+    """
     copies: dict[int, Tensor] = {}  # a buffer that two modules share stays one
-    for module in users_modules(root):
-        phase.trained |= module.training
-        if KEPT in module.__dict__:
-            continue
-        buffers = module._buffers
-        if buffers:
-            module._register_load_state_dict_pre_hook(_load, with_module=True)
-            if "running_mean" not in buffers:  # a held norm does not move
+    with torch.inference_mode(False), torch.no_grad():
+        for module in modules:
+            phase.trained |= module.training
+            is_torchs = base_class(module).__module__.startswith("torch.nn.modules.")
+            if (
+                KEPT in module.__dict__
+                or (is_torchs and not module._buffers)
+                or isinstance(module, torch.jit.ScriptModule)
+            ):
+                continue
+            base: dict[str, Tensor | None] = {}
+            for name, tensor in module._buffers.items():
+                if tensor is not None and id(tensor) not in copies:
+                    copies[id(tensor)] = tensor.clone()
+                base[name] = None if tensor is None else copies[id(tensor)]
+            hidden = frozenset(module._non_persistent_buffers_set)
+            if is_torchs:
+                module.__dict__[KEPT] = Kept(phase, Values(base, hidden))
+            else:
+                module.__dict__[KEPT] = Kept(phase, Values(base, hidden, _attributes(module)), built=_built(module))
+            if base and not is_norm_like(base):  # norms are held, and have a class of ours
                 module._register_state_dict_hook(_mark)
-        elif base_class(module).__module__.startswith("torch.nn."):  # none of these makes buffers later
-            continue
-        base = {
-            name: None if tensor is None else copies.setdefault(id(tensor), _copy(tensor))
-            for name, tensor in buffers.items()
-        }
-        values = Values(base, frozenset(module._non_persistent_buffers_set), _attributes(module))
-        module.__dict__[KEPT] = Kept(phase, values, built=_built(module))
+                module._register_load_state_dict_pre_hook(load_buffers, with_module=True)
 
 
 def forget(root: nn.Module) -> None:
@@ -119,11 +131,11 @@ def forget(root: nn.Module) -> None:
         if module.__dict__.pop(KEPT, None) is None:
             continue
         for hooks in (module._load_state_dict_pre_hooks, module._state_dict_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) in (_load, _mark)]:
+            for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) in (load_buffers, _mark)]:
                 del hooks[key]
 
 
-def put_away(root: nn.Module, phase: Phase, *, held: bool = False) -> None:
+def put_away(root: nn.Module, phase: Phase, *, held: bool = False) -> list[nn.Module]:
     """Give what training moved to the adapter that was active, and put the base's own buffers back, in place.
 
     Where no adapter was active, what moved is dropped: the base is frozen. What changed while nothing was in training mode
@@ -133,42 +145,50 @@ def put_away(root: nn.Module, phase: Phase, *, held: bool = False) -> None:
         root: of the model.
         phase: of the model.
         held: put back those of held norms, too, which move by force only.
+
+    Returns:
+        The modules of which an adapter has buffers of its own.
     """
     if not (phase.trained or phase.own or held):
-        return
+        return []
     copies: dict[int, Tensor] = {}
+    trains, owned = False, []
     for module in users_modules(root):
+        trains |= module.training
         kept = kept_of(module)
         if kept is None or not (kept.base.buffers or module._buffers):
             continue
-        if kept.shown is None and not (held if _is_held(module) else phase.trained):
-            continue
-        moved, owner = _moved(module, kept), _owner(kept)
-        if owner is not None and (moved or kept.shown == owner):
-            kept.own[owner] = moved or Values()
-        if moved:
-            _put(module, kept.base, moved.buffers, copies)
-        kept.shown = None
+        if kept.shown is not None or (held if _is_held(module) else phase.trained):
+            moved, owner = _moved(module, kept), _owner(kept)
+            if owner is not None and (moved or kept.shown == owner):
+                kept.own[owner] = moved or Values()
+            if moved:
+                _put(module, kept.base, moved.buffers, copies)
+            kept.shown = None
+        if kept.own:
+            owned.append(module)
+    phase.trained = trains
+    return owned
 
 
-def bring_out(root: nn.Module, phase: Phase, names: Names) -> None:
+def bring_out(modules: list[nn.Module], phase: Phase, names: Names) -> None:
     """Show the buffers that the adapters active from now on have of their own in place of the base's, in place.
 
     Of several adapters, the first that has buffers of a module shows these.
+
+    Args:
+        modules: that ``put_away`` returned.
+        phase: of the model.
+        names: of the adapters.
     """
-    trains, own = False, False
-    for module in users_modules(root) if phase.trained or phase.own else ():
-        trains |= module.training
+    for module in modules:
         kept = kept_of(module)
-        if kept is None or not kept.own:
-            continue
-        own = True
-        owner = next((name for name in names if name in kept.own), None)
-        if owner is not None:
+        owner = next((name for name in names if name in kept.own), None) if kept is not None else None
+        if kept is not None and owner is not None:
             values = kept.own[owner]
             _put(module, values, _free(module, kept, values.buffers), None)
             kept.shown = owner
-    phase.active, phase.trained, phase.own = names, trains, own
+    phase.active, phase.own = names, bool(modules)
 
 
 def own_buffers(root: nn.Module, name: str) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
@@ -258,8 +278,14 @@ def _free(module: nn.Module, kept: Kept, names: Iterable[str]) -> list[str]:
 def _moved(module: nn.Module, kept: Kept) -> Values | None:
     """Return the buffers that are not the base's, with the attributes that go with them, or None."""
     names = dict.fromkeys(kept.base.buffers)
-    if kept.built == _built(module):  # else others put their buffers here (pruning, spectral norm)
-        names.update(dict.fromkeys(module._buffers))
+    if kept.built and module._buffers.keys() - names.keys() and kept.built == _built(module):
+        names.update(dict.fromkeys(module._buffers))  # else others put them here (pruning, spectral norm)
+    elif all(
+        now is not None and _same(kept.base.buffers[name], now)
+        for name, now in module._buffers.items()
+        if name in names
+    ):
+        return None
     moved: dict[str, Tensor | None] = {}
     for name in _free(module, kept, names):
         base, now = kept.base.buffers.get(name), module._buffers.get(name)
@@ -269,7 +295,8 @@ def _moved(module: nn.Module, kept: Kept) -> Values | None:
             moved[name] = None if now is None else now.detach()
     if not moved:
         return None
-    return Values(moved, frozenset(module._non_persistent_buffers_set), _attributes(module))
+    hidden = frozenset(module._non_persistent_buffers_set)
+    return Values(moved, hidden, None if kept.base.attributes is None else _attributes(module))
 
 
 def _put(module: nn.Module, values: Values, names: Iterable[str], copies: dict[int, Tensor] | None) -> None:
@@ -388,6 +415,11 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8) if tensor.is_floating_point() else tensor
 
 
+def is_norm_like(buffers: Iterable[str]) -> bool:
+    """Return whether a module with these buffers is a norm that is held."""
+    return {"running_mean", "running_var"} <= set(buffers)
+
+
 def _mark(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict[str, Any]) -> None:
     """Note in a state_dict's metadata, in place, what the base and the adapters that are not shown have, and who is shown."""
     kept = kept_of(module)
@@ -396,7 +428,7 @@ def _mark(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict
         local_metadata[SLOT] = {"base": dict(kept.base.buffers), "own": own, "shown": _owner(kept)}
 
 
-def _load(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict[str, Any], *_: Any) -> None:
+def load_buffers(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict[str, Any], *_: Any) -> None:
     """Let each buffer that a checkpoint brings find its owner, in place, before torch loads it.
 
     What a base checkpoint brings is the base's from now on; an adapter that has a buffer of its own keeps it. A checkpoint

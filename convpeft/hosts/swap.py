@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..convolution.nodes import is_convolution, is_norm, normalise
 from ..errors import HostError
+from .buffers import is_norm_like, load_buffers
 from .forward import adapted_output, convolved
 from .guards import RESETS, fusing_methods, refuse_another_bias, refusing, unless_held
 from .modules import exact_copies
@@ -71,6 +72,8 @@ class Adapted(Swapped):
         slots: Slots = self._modules[SLOT]
         if slots.owners:
             route_checkpoint(self, slots, state_dict, prefix, args[-1])  # type: ignore[arg-type]
+        if is_norm_like(vars(self)["_buffers"]):
+            load_buffers(self, state_dict, prefix, args[0])  # type: ignore[arg-type]
         slots.loading = True  # with assign=True a load sets parameters
         try:
             super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]

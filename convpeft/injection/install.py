@@ -115,7 +115,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
             raise HostError(f"{key or '(root)'} ({base_class(module).__name__}): {refusal}")
     model.require_hosts()
     try:
-        remember(root, state.phase)
+        remember([module for _, module in modules], state.phase)
         present = set(state.swapped)
         for key, module in wanted.items():
             adapt(module)

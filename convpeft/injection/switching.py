@@ -105,13 +105,13 @@ def switch(adapted: AdaptedModel, names: Names) -> None:
     adapted.require_hosts()
     touched = adapted.touched(dict.fromkeys([*state.active, *names]))
     check_exchange(adapted.root, {key: (module, owner.get(key)) for key, module in touched.items()})
-    put_away(adapted.root, state.phase)
+    moved = put_away(adapted.root, state.phase)
     for key, module in touched.items():
         adapted.slots(key).activate(names)
         swap_in(module, owner.get(key))
     for key in state.norms if held != state.held else ():
         hold(adapted.module(key), held)
-    bring_out(adapted.root, state.phase, names)
+    bring_out(moved, state.phase, names)
     state.active, state.held = names, held
     _forget_compiled()
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import GeometryError, MergeError, OptionError
-from ..hosts.buffers import forget, remember
+from ..hosts.buffers import forget, remember, users_modules
 from ..hosts.chains import attach_chains, refuse_fusing, set_bias
 from ..hosts.guards import fusing_methods
 from ..hosts.model import ATTRIBUTE, AdaptedModel
@@ -217,7 +217,7 @@ def _drop_adapters(adapted: AdaptedModel, kept: set[str]) -> None:
             del state.adapters[name]
     state.active = tuple(name for name in state.active if name in state.adapters)
     state.phase.active = state.active
-    remember(adapted.root, state.phase)
+    remember(users_modules(adapted.root), state.phase)
     adapted.restore([key for key in state.swapped if _is_bare(adapted, key)])
 
 
