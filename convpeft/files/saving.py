@@ -18,6 +18,7 @@ from ..hosts.buffers import own_buffers
 from ..hosts.model import AdaptedModel
 from ..hosts.modules import unique_modules
 from ..hosts.unfrozen import check_tensors_present
+from ..injection.switching import note_training
 from .fingerprints import ALGORITHM, digest, fingerprint, parts, plain
 from .header import ADAPTER, FORMAT, METADATA, OWN, STATE, VERSION, seal, tensor_key
 
@@ -45,6 +46,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
             raise StateError(f"which adapter? Say name=..., one of: {', '.join(state.adapters)}")
         name = names[0]
     record = adapted.record(name)
+    note_training(adapted)
     check_tensors_present({key: (adapted.module(key), None) for key in record.owned})
     tensors = {key: plain(tensor) for key, tensor in _tensors(adapted, name)}
     metadata = {

@@ -7,97 +7,39 @@ adapter's own, in one attribute of the module, so that copies carry them along.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .slots import BASE, KEPT, SLOT, STASH, Slots, base_class, slots_of
-
-Names = tuple[str, ...]
-_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has
-_PLAIN = (type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device)
-_CONTAINERS = (list, tuple, dict, set)
-_MOST_ENTRIES = 64
-
-
-@dataclass
-class Phase:
-    """What happened to a model since adapters were last switched; its modules share one.
-
-    Attributes:
-        active: names of the adapters that were made active then.
-        trained: some module was in training mode: buffers that are others now were moved by training.
-        own: some adapter has buffers of its own.
-    """
-
-    active: Names = ()
-    trained: bool = False
-    own: bool = False
-
-
-@dataclass
-class Values:
-    """Buffers of one module as one owner has them.
-
-    Attributes:
-        buffers: by name.
-        hidden: names of those that no state_dict shows.
-        attributes: plain attributes of the module that go with them (the size that a grid was made for); None: as they are.
-    """
-
-    buffers: dict[str, Tensor | None] = field(default_factory=dict)
-    hidden: frozenset[str] = frozenset()
-    attributes: dict[str, Any] | None = None
-
-
-@dataclass
-class Kept:
-    """What a module remembers of its buffers.
-
-    Attributes:
-        phase: shared by all modules of the model.
-        base: all buffers of the base, as copies that nobody writes into.
-        own: by adapter, those that became others while it was active.
-        shown: the adapter whose own are in the module now, or None.
-        built: what the module was made of; one that was rebuilt since keeps what it was given.
-    """
-
-    phase: Phase
-    base: Values
-    own: dict[str, Values] = field(default_factory=dict)
-    shown: str | None = None
-    built: tuple[Any, ...] = ()
-
-
-def kept_of(module: nn.Module) -> Kept | None:
-    """Return what a module remembers of its buffers, or None."""
-    return module.__dict__.get(KEPT)
-
-
-def users_modules(root: nn.Module) -> list[nn.Module]:
-    """Return each of the user's modules once, none of convpeft's, and nothing below TorchScript."""
-    seen: set[int] = set()
-    found: list[nn.Module] = []
-    left = [root]
-    while left:
-        module = left.pop()
-        if module is None or id(module) in seen:
-            continue
-        seen.add(id(module))
-        if not isinstance(module, Slots) and not issubclass(type(module), torch.jit.ScriptModule):
-            found.append(module)
-            left.extend(module._modules.values())  # type: ignore[arg-type]
-    return found
+from .kept import (
+    Kept,
+    Names,
+    Phase,
+    Values,
+    as_here,
+    attributes_of,
+    copied,
+    free_names,
+    is_held,
+    is_norm_like,
+    is_saved,
+    kept_of,
+    moved_in,
+    owner_of,
+    parts_of,
+    put_in,
+    same_bits,
+    users_modules,
+)
+from .slots import BASE, KEPT, SLOT, STASH, base_class, slots_of
 
 
 def remember(modules: Iterable[nn.Module], phase: Phase) -> None:
-    """Let every one of the user's modules that has buffers, or may make some, remember those of the base, in place; what is known stays.
+    """Let each of the user's modules that has buffers, or may make some, remember those of the base, in place.
 
-    Classes of torch make no buffers later and keep nothing beside them.
+    What a module remembers already stays. Classes of torch make no buffers later and keep nothing beside them.
     """
     copies: dict[int, Tensor] = {}  # a buffer that two modules share stays one
     with torch.inference_mode(False), torch.no_grad():
@@ -119,7 +61,7 @@ def remember(modules: Iterable[nn.Module], phase: Phase) -> None:
             if is_torchs:
                 module.__dict__[KEPT] = Kept(phase, Values(base, hidden))
             else:
-                module.__dict__[KEPT] = Kept(phase, Values(base, hidden, _attributes(module)), built=_built(module))
+                module.__dict__[KEPT] = Kept(phase, Values(base, hidden, attributes_of(module)), built=parts_of(module))
             if base and not is_norm_like(base):  # norms are held, and have a class of ours
                 module._register_state_dict_hook(_mark)
                 module._register_load_state_dict_pre_hook(load_buffers, with_module=True)
@@ -156,14 +98,14 @@ def put_away(root: nn.Module, phase: Phase, *, held: bool = False) -> list[nn.Mo
     for module in users_modules(root):
         trains |= module.training
         kept = kept_of(module)
-        if kept is None or not (kept.base.buffers or module._buffers):
+        if kept is None or not (kept.base.buffers or module._buffers or kept.own):
             continue
-        if kept.shown is not None or (held if _is_held(module) else phase.trained):
-            moved, owner = _moved(module, kept), _owner(kept)
+        if kept.shown is not None or (held if is_held(module) else phase.trained):
+            moved, owner = moved_in(module, kept), owner_of(kept)
             if owner is not None and (moved or kept.shown == owner):
                 kept.own[owner] = moved or Values()
             if moved:
-                _put(module, kept.base, moved.buffers, copies)
+                put_in(module, kept.base, moved.buffers, copies)
             kept.shown = None
         if kept.own:
             owned.append(module)
@@ -186,9 +128,24 @@ def bring_out(modules: list[nn.Module], phase: Phase, names: Names) -> None:
         owner = next((name for name in names if name in kept.own), None) if kept is not None else None
         if kept is not None and owner is not None:
             values = kept.own[owner]
-            _put(module, values, _free(module, kept, values.buffers), None)
+            put_in(module, values, free_names(module, kept, values.buffers), None)
             kept.shown = owner
     phase.active, phase.own = names, bool(modules)
+
+
+def weights_stamp(modules: Iterable[nn.Module], names: Names) -> tuple[int, int]:
+    """Return a number for the adapters' weights that changes when an optimizer steps, and whose weights these are."""
+    first, count = 0, 0
+    for module in modules:
+        slots = slots_of(module)
+        for name in names if slots is not None else ():
+            own: Any = slots._modules.get(name) or (module if slots.shown == name else None)  # type: ignore[union-attr]
+            if own is None:
+                continue
+            weight = next(iter(own._parameters.values()), None) if own._parameters else next(own.parameters(), None)
+            if weight is not None and not weight.is_inference():
+                first, count = first or id(weight), count + weight._version
+    return first, count
 
 
 def own_buffers(root: nn.Module, name: str) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
@@ -200,12 +157,12 @@ def own_buffers(root: nn.Module, name: str) -> Iterator[tuple[nn.Module, dict[st
         kept = kept_of(module)
         if kept is None or not kept.base.buffers:
             continue
-        if kept.shown == name or (kept.phase.trained and _owner(kept) == name and not _is_held(module)):
-            values = _moved(module, kept)
+        if kept.shown == name or (kept.phase.trained and owner_of(kept) == name and not is_held(module)):
+            values = moved_in(module, kept)
         else:
             values = kept.own.get(name)
         found = {} if values is None else values.buffers
-        tensors = {key: tensor for key, tensor in found.items() if tensor is not None and _is_saved(kept, key)}
+        tensors = {key: tensor for key, tensor in found.items() if tensor is not None and is_saved(kept, key)}
         if tensors:
             yield module, tensors
 
@@ -233,9 +190,9 @@ def adopt(module: nn.Module) -> None:
     """
     kept = kept_of(module)
     if kept is not None and kept.shown is None and not kept.phase.trained:
-        for name in _free(module, kept, kept.base.buffers):
+        for name in free_names(module, kept, kept.base.buffers):
             now = module._buffers.get(name)
-            kept.base.buffers[name] = None if now is None else _copy(now)
+            kept.base.buffers[name] = None if now is None else copied(now)
 
 
 def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -248,176 +205,8 @@ def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
     for name, tensor in kept.base.buffers.items():
         if tensor is not None and name not in kept.base.hidden:
             now = module._buffers.get(name)
-            found[name] = tensor if now is None else _like(tensor, now)
+            found[name] = tensor if now is None else as_here(tensor, now)
     return found
-
-
-def _owner(kept: Kept) -> str | None:
-    """Return the adapter that gets what moved."""
-    active = kept.phase.active
-    return kept.shown or next((name for name in active if name in kept.own), active[0] if active else None)
-
-
-def _is_held(module: nn.Module) -> bool:
-    slots = slots_of(module)
-    return slots is not None and slots.held
-
-
-def _is_saved(kept: Kept, name: str) -> bool:
-    return kept.base.buffers.get(name) is not None and name not in kept.base.hidden
-
-
-def _free(module: nn.Module, kept: Kept, names: Iterable[str]) -> list[str]:
-    """Return those of the names that are buffers, or none yet, and not exchanged with the module's unfrozen tensors."""
-    slots = slots_of(module)
-    away: Any = slots.stored(BASE)._buffers if slots is not None and slots.shown is not None else ()
-    taken = (module._parameters, module.__dict__, module._modules)
-    return [name for name in names if name not in away and not any(name in place for place in taken)]
-
-
-def _moved(module: nn.Module, kept: Kept) -> Values | None:
-    """Return the buffers that are not the base's, with the attributes that go with them, or None."""
-    names = dict.fromkeys(kept.base.buffers)
-    if kept.built and module._buffers.keys() - names.keys() and kept.built == _built(module):
-        names.update(dict.fromkeys(module._buffers))  # else others put them here (pruning, spectral norm)
-    elif all(
-        now is not None and _same(kept.base.buffers[name], now)
-        for name, now in module._buffers.items()
-        if name in names
-    ):
-        return None
-    moved: dict[str, Tensor | None] = {}
-    for name in _free(module, kept, names):
-        base, now = kept.base.buffers.get(name), module._buffers.get(name)
-        if base is not None and now is not None:
-            base = kept.base.buffers[name] = _like(base, now)
-        if not _same(base, now):
-            moved[name] = None if now is None else now.detach()
-    if not moved:
-        return None
-    hidden = frozenset(module._non_persistent_buffers_set)
-    return Values(moved, hidden, None if kept.base.attributes is None else _attributes(module))
-
-
-def _put(module: nn.Module, values: Values, names: Iterable[str], copies: dict[int, Tensor] | None) -> None:
-    """Put an owner's buffers into the module, in place: those of the names that it does not have are taken out.
-
-    Args:
-        module: to change.
-        values: of the owner.
-        names: of the buffers to exchange.
-        copies: that were put in so far, by the ``id`` of what they were copied from; None to put in no copies.
-    """
-    hidden = module._non_persistent_buffers_set
-    for name in names:
-        now, value = module._buffers.get(name), values.buffers.get(name)
-        if name not in values.buffers:
-            module._buffers.pop(name, None)
-            hidden.discard(name)
-            continue
-        if value is not None:
-            if copies is not None:
-                value = copies.setdefault(id(value), _copy(value))
-            value = value.to(_device(module, value)) if now is None else _like(value, now)
-        module._buffers[name] = value
-        (hidden.add if name in values.hidden else hidden.discard)(name)
-    if values.attributes is not None:
-        _put_attributes(module, values.attributes)
-    if copies is not None and list(module._buffers)[: len(values.buffers)] != list(values.buffers):
-        for name in values.buffers:  # one that was taken out and made again goes back to its place
-            if name in module._buffers:
-                module._buffers[name] = module._buffers.pop(name)
-
-
-def _device(module: nn.Module, value: Tensor) -> torch.device:
-    """Return where a buffer belongs that the module does not have now: beside its other tensors."""
-    beside = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
-    return beside[0].device if beside else value.device
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the plain attributes that a module keeps beside its buffers; containers are copied."""
-    found: dict[str, Any] = {}
-    for name, value in module.__dict__.items():
-        if name in _TORCH or name == KEPT:
-            continue
-        if type(value) in _PLAIN:
-            found[name] = value
-        elif type(value) in _CONTAINERS and len(value) <= _MOST_ENTRIES:
-            found[name] = copy.copy(value)
-    return found
-
-
-def _put_attributes(module: nn.Module, wanted: dict[str, Any]) -> None:
-    """Set a module's plain attributes as they were, in place."""
-    now = _attributes(module)
-    for name in now.keys() - wanted.keys():
-        del module.__dict__[name]
-    for name, value in wanted.items():
-        if name not in now or not _is_like(now[name], value):
-            module.__dict__[name] = copy.copy(value)
-
-
-def _is_like(one: Any, other: Any) -> bool:
-    if type(one) is not type(other) or type(one) in _PLAIN:
-        return type(one) is type(other) and bool(one == other)
-    if isinstance(one, set):
-        return one == other
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(_is_entry(one[key], other[key]) for key in one)
-    return len(one) == len(other) and all(map(_is_entry, one, other))
-
-
-def _is_entry(one: Any, other: Any) -> bool:
-    return one is other or (type(one) in _PLAIN and type(one) is type(other) and bool(one == other))
-
-
-def _built(module: nn.Module) -> tuple[Any, ...]:
-    """Return what a module is made of, to see whether others rebuilt it."""
-    children = tuple(name for name in module._modules if name != SLOT)
-    return tuple(module._parameters), children, tuple(module._forward_pre_hooks), tuple(module._forward_hooks)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        return tensor.detach().clone()
-
-
-def _like(value: Tensor, like: Tensor) -> Tensor:
-    """Return a value on the device of another and, if both are floating, in its dtype: the model was converted."""
-    if value.is_meta or like.is_meta:
-        return like if value.is_meta else value
-    floating = value.is_floating_point() and like.is_floating_point()
-    return value.to(like.device, like.dtype if floating else value.dtype)
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Return whether two tensors have the same bits."""
-    if one is None or other is None or one is other:
-        return one is other
-    if one.shape != other.shape or one.dtype != other.dtype or one.layout != other.layout:
-        return False
-    if one.is_meta or other.is_meta:
-        return True
-    if type(one) is not Tensor or one.layout != torch.strided or one.is_quantized:
-        return _same_values(one, other)
-    return torch.equal(_bits(one), _bits(other))
-
-
-def _same_values(one: Tensor, other: Tensor) -> bool:
-    try:
-        return torch.equal(one, other)
-    except (RuntimeError, NotImplementedError):
-        return torch.equal(one.to_dense(), other.to_dense())
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).view(torch.uint8) if tensor.is_floating_point() else tensor
-
-
-def is_norm_like(buffers: Iterable[str]) -> bool:
-    """Return whether a module with these buffers is a norm that is held."""
-    return {"running_mean", "running_var"} <= set(buffers)
 
 
 def _mark(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict[str, Any]) -> None:
@@ -425,7 +214,7 @@ def _mark(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict
     kept = kept_of(module)
     if kept is not None:
         own = {name: dict(values.buffers) for name, values in kept.own.items() if name != kept.shown}
-        local_metadata[SLOT] = {"base": dict(kept.base.buffers), "own": own, "shown": _owner(kept)}
+        local_metadata[SLOT] = {"base": dict(kept.base.buffers), "own": own, "shown": owner_of(kept)}
 
 
 def load_buffers(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict[str, Any], *_: Any) -> None:
@@ -437,7 +226,7 @@ def load_buffers(module: nn.Module, state_dict: dict, prefix: str, local_metadat
     kept = kept_of(module)
     if kept is None:
         return
-    names = _free(module, kept, [name for name in kept.base.buffers if _is_saved(kept, name)])
+    names = free_names(module, kept, [name for name in kept.base.buffers if is_saved(kept, name)])
     stored = f"{prefix}{SLOT}.{STASH}.{BASE}."  # the base's values of an unfrozen module
     away = {name: state_dict[stored + name] for name in kept.base.buffers if stored + name in state_dict}
     brought = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
@@ -446,17 +235,17 @@ def load_buffers(module: nn.Module, state_dict: dict, prefix: str, local_metadat
     for name, value in {**brought, **stated, **away}.items():
         base = kept.base.buffers[name]
         if isinstance(value, Tensor) and base is not None and value.shape == base.shape:
-            kept.base.buffers[name] = _copy(
-                value if "assign_to_params_buffers" in local_metadata else _like(value, base)
+            kept.base.buffers[name] = copied(
+                value if "assign_to_params_buffers" in local_metadata else as_here(value, base)
             )
     own = {name: dict(values) for name, values in mark["own"].items()}
     if stated:
         own[mark["shown"]] = {
-            name: brought[name] for name in stated if not _same(_like(stated[name], brought[name]), brought[name])
+            name: brought[name] for name in stated if not same_bits(as_here(stated[name], brought[name]), brought[name])
         }
     elif kept.shown in kept.own:
         own[kept.shown] = {name: module._buffers.get(name) for name in kept.own[kept.shown].buffers}
-    here = _owner(kept)
+    here = owner_of(kept)
     for name in brought:
         now = own.get(here, {}).get(name)
         state_dict[prefix + name] = stated.get(name, brought[name]) if now is None else now

@@ -14,9 +14,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..convolution.nodes import is_convolution, is_norm, normalise
 from ..errors import HostError
-from .buffers import is_norm_like, load_buffers
+from .buffers import load_buffers
 from .forward import adapted_output, convolved
 from .guards import RESETS, fusing_methods, refuse_another_bias, refusing, unless_held
+from .kept import is_norm_like
 from .modules import exact_copies
 from .slots import SLOT, Slots, Swapped, base_class, slots_of
 from .unfrozen import keep_shown, route_checkpoint, swap_in

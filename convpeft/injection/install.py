@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..adapters.registry import make_adapter
 from ..errors import HostError, StateError
-from ..hosts.buffers import Phase, adopt, drop, forget, give, put_away, remember
+from ..hosts.buffers import adopt, drop, forget, give, put_away, remember
 from ..hosts.guards import can_be_lean, fusing_methods, swap_refusal
+from ..hosts.kept import Phase
 from ..hosts.model import ATTRIBUTE, AdaptedModel
 from ..hosts.modules import device_and_dtype, is_batchnorm_like, is_within, unique_modules
 from ..hosts.records import AdapterRecord, ModelState
@@ -19,7 +20,7 @@ from ..hosts.slots import BASE, StoredTensors, base_class, slots_of
 from ..hosts.swap import adapt, restore, wants_training
 from ..hosts.unfrozen import remove_owner, tensors_of
 from ..planning.plan import PlannedLayer
-from .switching import switch, train_only
+from .switching import note_training, switch, train_only
 
 _FORBIDDEN = set("./\\ \t\n")
 
@@ -67,6 +68,9 @@ def build(
         value_of: gives a value from the names of module and tensor, and the base's own; unset, a copy of the base's own.
     """
     adapters: dict[str, Adapter] = {}
+    model = AdaptedModel.find(modules[""])
+    if model is not None:
+        note_training(model)
     for layer in layers:
         host = modules[layer.name]
         device, dtype = device_and_dtype(host, modules[""])

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from ..errors import GeometryError, MergeError, OptionError
-from ..hosts.buffers import forget, remember, users_modules
+from ..hosts.buffers import forget, remember
 from ..hosts.chains import attach_chains, refuse_fusing, set_bias
 from ..hosts.guards import fusing_methods
+from ..hosts.kept import users_modules
 from ..hosts.model import ATTRIBUTE, AdaptedModel
 from ..hosts.modules import base_modules, deep_copy, device_and_dtype, is_sequence
 from ..hosts.slots import SLOT
