@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from ..hosts.modules import unique_modules
+from ..hosts.modules import is_batchnorm_like, unique_modules
 from ..hosts.slots import BASE
 from ..hosts.unfrozen import tensors_of
 
@@ -51,6 +51,59 @@ def fingerprint(root: nn.Module) -> dict[str, str]:
         return {name: digest(own) for name, own in counted.items()}  # one after the other: they are gathered or fetched
     with ThreadPoolExecutor(_THREADS) as pool:  # hashing lets go of Python's lock
         return dict(zip(counted, pool.map(digest, counted.values()), strict=True))
+
+
+def parts(root: nn.Module) -> dict[str, dict[str, str]]:
+    """Return, for each module of the base with buffers, a digest of its parameters (``""``) and one of each buffer.
+
+    Norms are left out: all of a norm is the base's. Other modules may make buffers at the first pass (anchors, grids), so
+    that one base has them and the same base in another process has not.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name, module in unique_modules(root):
+        if module._buffers and not is_batchnorm_like(module):
+            each = _parts(tensors_of(module, BASE))
+            if len(each) > 1:
+                found[name] = each
+    return found
+
+
+def _parts(tensors: dict[str, Tensor]) -> dict[str, str]:
+    own = [(key, tensor) for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter)]
+    buffers = {key: tensor for key, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
+    return {"": digest(own) if own else "", **{key: digest([(key, tensor)]) for key, tensor in buffers.items()}}
+
+
+def differing(root: nn.Module, layers: dict[str, str], parts_there: dict[str, dict[str, str]]) -> tuple[list[str], int]:
+    """Return the names of the base's layers that are not those a file was made on, and how many layers there are here.
+
+    A buffer that only one of the two has is no difference: the module made it when it ran.
+
+    Args:
+        root: of the model here.
+        layers, parts_there: digests in the file.
+    """
+    here, modules = fingerprint(root), dict(unique_modules(root))
+    suspects = [key for key in {**layers, **here} if layers.get(key) != here.get(key)]
+    found = []
+    for key in suspects:
+        module = modules.get(key)
+        if module is None or not _is_alike(module, layers.get(key, ""), parts_there.get(key)):
+            found.append(key)
+    return found, len(here)
+
+
+def _is_alike(module: nn.Module, layer: str, there: dict[str, str] | None) -> bool:
+    """Return whether a layer is the one of a file up to buffers that only one of the two has."""
+    if is_batchnorm_like(module):
+        return False
+    ours = _parts(tensors_of(module, BASE))
+    if there is None:  # it had no buffers, or the file is older than these digests
+        shown = {**dict(module.named_parameters(recurse=False)), **module._buffers}
+        hidden = module._non_persistent_buffers_set
+        now = [(key, each) for key, each in shown.items() if each is not None and key not in hidden]
+        return layer in (ours[""], digest(now) if now else "")
+    return all(ours[key] == there[key] for key in ours.keys() & there.keys())
 
 
 def _is_at_hand(tensor: Tensor) -> bool:

@@ -25,7 +25,8 @@ from .reading import Entry, OpenFile, opened, shapes_by_layer
 
 FORMAT, VERSION = "convpeft", 1
 METADATA = "convpeft"  # key of the one text in a safetensors file's metadata
-ADAPTER, OWN = "adapter", "own"  # what a tensor belongs to: an adapter, or an unfrozen module
+# what a tensor is of: an adapter, an unfrozen module, or a frozen one whose buffers moved in training
+ADAPTER, OWN, STATE = "adapter", "own", "state"
 _MOST_NAMED = 12  # problems in one error
 _LONGEST_NAME = 1000  # of an adapter
 
@@ -41,6 +42,7 @@ class AdapterFile:
         owned: modules whose own tensors are in the file, with relative learning rates.
         norm: the norm policy.
         base: digests of the base model's layers.
+        parts: of layers with buffers, the digests of these and of the parameters, see ``fingerprints.parts``.
         tensors: shape and dtype by key.
         content: digest of all tensors.
     """
@@ -51,6 +53,7 @@ class AdapterFile:
     owned: dict[str, float]
     norm: str
     base: dict[str, str]
+    parts: dict[str, dict[str, str]]
     tensors: dict[str, Entry]
     content: str
 
@@ -59,8 +62,8 @@ def tensor_key(part: str, module: str, tensor: str) -> str:
     """Return the key of a tensor in a file.
 
     Args:
-        part: ``ADAPTER`` or ``OWN``.
-        module: name of the adapted or unfrozen module.
+        part: ``ADAPTER``, ``OWN`` or ``STATE``.
+        module: name of the adapted, unfrozen or other module.
         tensor: name of the tensor in the adapter or module.
     """
     return f"{part}:{module}:{tensor}"
@@ -103,9 +106,8 @@ def parse(data: Any, tensors: dict[str, Entry], path: Path) -> AdapterFile:
         Spec.from_dict(data["spec"])
     except SpecError as error:
         raise AdapterFileError(f"{path}: its spec is not sound: {error}") from error
-    return AdapterFile(
-        data["name"], data["spec"], layers, owned, data["norm"], data["base"]["layers"], tensors, data["content"]
-    )
+    base = data["base"]["layers"], data["base"].get("parts", {})
+    return AdapterFile(data["name"], data["spec"], layers, owned, data["norm"], *base, tensors, data["content"])
 
 
 def _problems(data: dict[str, Any], tensors: Mapping[str, Entry]) -> Iterator[str]:
@@ -116,6 +118,11 @@ def _problems(data: dict[str, Any], tensors: Mapping[str, Entry]) -> Iterator[st
     base = data["base"]["layers"]
     if not isinstance(base, dict) or not all(isinstance(value, str) for value in base.values()):
         yield "the base's digests are no texts by layer"
+    parts = data["base"].get("parts", {})
+    if not isinstance(parts, dict) or not all(
+        isinstance(part, dict) and all(isinstance(value, str) for value in part.values()) for part in parts.values()
+    ):
+        yield "the digests of the base's buffers are no texts by layer and name"
     if not isinstance(data["norm"], str) or data["norm"] not in NORMS:
         yield f"norm is {shown(data['norm'])}"
     layers, owned = (data[key] if isinstance(data[key], dict) else {} for key in ("layers", "owned"))

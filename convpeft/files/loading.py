@@ -15,6 +15,7 @@ from ..adapters.registry import adapter_class, make_adapter
 from ..convolution.geometry import ConvGeometry
 from ..convolution.precision import floating_dtype
 from ..errors import AdapterFileError, BaseMismatch, OptionError, SpecError, brief, shortened
+from ..hosts.buffers import saved_buffers
 from ..hosts.model import whole
 from ..hosts.modules import base_modules, unique_modules
 from ..hosts.records import AdapterRecord
@@ -27,8 +28,8 @@ from ..planning.bypasses import bypassed
 from ..planning.plan import PlannedLayer
 from ..planning.sites import Sites, Wanted, half_shared, lazy_modules
 from .dtypes import mixed_dtypes, norms_of
-from .fingerprints import digest, fingerprint
-from .header import ADAPTER, OWN, AdapterFile, described, tensor_key
+from .fingerprints import differing, digest
+from .header import ADAPTER, OWN, STATE, AdapterFile, described, tensor_key
 from .reading import DTYPES, OpenFile, opened
 
 _MOST_NAMED = 12  # problems in one error
@@ -75,7 +76,7 @@ def load_adapter(
         _check_tensors(modules, sites, file, path)
         tensors = _read(source, file)
         _check_dtypes(modules, sites, file, path)
-    built = _built(modules, sites.layers, file.owned, tensors, path, keep_dtype=not any_base, dtype=wanted)
+    built = _built(modules, sites.layers, file, tensors, path, keep_dtype=not any_base, dtype=wanted)
     install(root, name, AdapterRecord(file.spec, file.layers, file.owned, file.norm), built, lean=lean)
     return file
 
@@ -147,11 +148,10 @@ def _doubles(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator
 
 
 def _check_base(root: nn.Module, file: AdapterFile, path: Path) -> None:
-    here = fingerprint(root)
-    differ = [key for key in {**file.base, **here} if file.base.get(key) != here.get(key)]
+    differ, count = differing(root, file.base, file.parts)
     if differ:
         raise BaseMismatch(
-            f"{path} was made on another base: {len(differ)} of {len(here)} layers differ ({shortened(differ)}); the model is "
+            f"{path} was made on another base: {len(differ)} of {count} layers differ ({shortened(differ)}); the model is "
             "unchanged. Load the base's own checkpoint first; any_base=True takes the adapter as it is.",
             differ,
         )
@@ -166,11 +166,13 @@ def _check_tensors(modules: Mapping[str, nn.Module], sites: Sites, file: Adapter
     for name in file.owned:
         own = tensors_of(modules[name], BASE)
         wanted.update({tensor_key(OWN, name, key): tensor for key, tensor in own.items()})
+    moved = {key: tensor for key, (_, _, tensor) in _moved(modules, file).items()}
+    wanted.update(moved)
     problems = [f"{key} is missing" for key in wanted if key not in file.tensors]
     problems += [f"{brief(key)} is not expected" for key in file.tensors if key not in wanted]
     for key in wanted.keys() & file.tensors.keys():
         (shape, saved), here = file.tensors[key], wanted[key]
-        if shape != tuple(here.shape):
+        if shape != tuple(here.shape) and key not in moved:  # a bank may have grown
             problems.append(f"{key} is {shape} in the file, {tuple(here.shape)} here")
         dtype = DTYPES.get(saved)
         if dtype is None or (dtype != here.dtype and not (dtype.is_floating_point and here.is_floating_point())):
@@ -200,10 +202,22 @@ def _raise(problems: list[str], path: Path) -> None:
         )
 
 
+def _moved(modules: Mapping[str, nn.Module], file: AdapterFile) -> dict[str, tuple[str, str, Tensor]]:
+    """Return, for each buffer in the file that training moved, its module, its name, and what the base has, by its key."""
+    if not any(key.startswith(f"{STATE}:") for key in file.tensors):
+        return {}
+    found = {
+        tensor_key(STATE, name, key): (name, key, tensor)
+        for name, module in modules.items()
+        for key, tensor in saved_buffers(module).items()
+    }
+    return {key: place for key, place in found.items() if key in file.tensors}
+
+
 def _built(
     modules: Mapping[str, nn.Module],
     layers: list[PlannedLayer],
-    owned: Iterable[str],
+    file: AdapterFile,
     tensors: Mapping[str, Tensor],
     path: Path,
     *,
@@ -222,7 +236,9 @@ def _built(
         return made
 
     with torch.random.fork_rng(devices=[]):
-        built = build(modules, layers, owned, lambda name, key, old: saved(tensor_key(OWN, name, key), old), dtype)
+        built = build(modules, layers, file.owned, lambda name, key, old: saved(tensor_key(OWN, name, key), old), dtype)
+    for key, (name, buffer, old) in _moved(modules, file).items():
+        built.buffers.setdefault(name, {})[buffer] = saved(key, old)
     for name, adapter in built.adapters.items():
         for key, tensor in adapter.state_dict(keep_vars=True).items():
             tensor.data = saved(tensor_key(ADAPTER, name, key), tensor, keep_dtype and dtype is None)

@@ -12,10 +12,13 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from ..errors import StateError
+from ..hosts.buffers import own_buffers
 from ..hosts.model import AdaptedModel
+from ..hosts.modules import unique_modules
 from ..hosts.unfrozen import check_tensors_present
-from .fingerprints import ALGORITHM, digest, fingerprint, plain
-from .header import ADAPTER, FORMAT, METADATA, OWN, VERSION, seal, tensor_key
+from ..injection.switching import note_training
+from .fingerprints import ALGORITHM, digest, fingerprint, parts, plain
+from .header import ADAPTER, FORMAT, METADATA, OWN, STATE, VERSION, seal, tensor_key
 from .writing import write
 
 
@@ -42,6 +45,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
             raise StateError(f"which adapter? Say name=..., one of: {', '.join(state.adapters)}")
         name = names[0]
     record = adapted.record(name)
+    note_training(adapted)
     check_tensors_present({key: (adapted.module(key), None) for key in record.owned})
     tensors = {key: plain(tensor) for key, tensor in _tensors(adapted, name)}
     metadata = {
@@ -52,7 +56,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
         "layers": {key: asdict(layer) for key, layer in record.layers.items()},
         "owned": record.owned,
         "norm": record.norm,
-        "base": {"algorithm": ALGORITHM, "layers": fingerprint(adapted.root)},
+        "base": {"algorithm": ALGORITHM, "layers": fingerprint(adapted.root), "parts": parts(adapted.root)},
         "content": digest(sorted(tensors.items())),
         "torch": torch.__version__.split("+")[0],
     }
@@ -70,3 +74,7 @@ def _tensors(adapted: AdaptedModel, name: str) -> Iterator[tuple[str, Tensor]]:
     for module, own in adapted.unfrozen(name):
         for key, tensor in own.items():
             yield tensor_key(OWN, module, key), tensor
+    names = {id(module): key for key, module in unique_modules(adapted.root)}
+    for moved, buffers in own_buffers(adapted.root, name):
+        for key, tensor in buffers.items():
+            yield tensor_key(STATE, names[id(moved)], key), tensor

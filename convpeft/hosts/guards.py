@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -23,6 +24,29 @@ def refusing(method: str) -> Any:
 
     refuse.__name__ = method
     return refuse
+
+
+RESETS = ("reset_running_stats", "reset_parameters")
+
+
+def unless_held(method: str) -> Any:
+    """Return a norm's ``method`` that resets it, but leaves a held norm as it is, with a warning.
+
+    ``torch.optim.swa_utils.update_bn`` resets every norm of a model and has them trained anew. A held norm would not train.
+    """
+
+    def reset(self: Any) -> None:
+        if self._convpeft.held:
+            warnings.warn(
+                f"{self.adapted_from.__name__}.{method}() leaves a norm as it is that convpeft holds: it belongs to the frozen "
+                "base, and its statistics would not come back. For statistics of the adapter's own inject with norm: adapt",
+                stacklevel=2,
+            )
+        else:
+            getattr(self.adapted_from, method)(self)
+
+    reset.__name__ = method
+    return reset
 
 
 def refuse_another_bias(module: Any, slots: Slots | None) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+Names = tuple[str, ...]
+
 
 @dataclass
 class LayerRecord:
@@ -45,6 +47,23 @@ class AdapterRecord:
 
 
 @dataclass
+class Phase:
+    """What happened to a model since adapters were last switched; its modules share one.
+
+    Attributes:
+        active: names of the adapters that were made active then.
+        trained: some module was in training mode, or an optimizer stepped: buffers that are others now were moved by training.
+        own: some adapter has buffers of its own.
+        stamp: of the active adapters' weights then, see ``buffers.weights_stamp``.
+    """
+
+    active: Names = ()
+    trained: bool = False
+    own: bool = False
+    stamp: tuple[int, int] = (0, 0)
+
+
+@dataclass
 class ModelState:
     """All adapters of one model, and what has to be given back when they go.
 
@@ -58,6 +77,7 @@ class ModelState:
         held: whether these are held in eval mode now; None before the first switch.
         routed: names of the adapters that samples go through inside ``route``; else None.
         resting: how many blocks of ``using`` are open: inside one, nothing has to train.
+        phase: whether anything trained since the last switch.
     """
 
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
@@ -69,6 +89,7 @@ class ModelState:
     held: bool | None = None
     routed: tuple[str, ...] | None = None
     resting: int = 0
+    phase: Phase = field(default_factory=Phase)
 
     @property
     def running(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from .records import ModelState
 SLOT = "convpeft"  # name of the child in the module
 HOME = "_convpeft"  # name of the module's attribute that holds it
 STASH = "_stash"  # name of the stored tensors in the child
+KEPT = "_convpeft_buffers"  # attribute of a module that remembers its buffers
 BASE = "_base"  # the owner of the module's own values
 Entry = int | str | None  # the adapted entry of a module's output; None: the output itself
 
@@ -56,11 +57,13 @@ class Slots(nn.ModuleDict):
         state: the records of the model, which say what trains; None before an install is done.
         key: the module's name in the model.
         replicas: copies of the module that ``nn.DataParallel`` has made, and which wait for their copy of the slots.
+        phase: of the model (``kept.Phase``): told of training.
     """
 
     loading = False
     state: ModelState | None = None
     key = ""
+    phase: Any = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,10 +16,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..convolution.nodes import is_convolution, is_norm, normalise
 from ..errors import HostError
+from .buffers import load_buffers
 from .checkpoints import Load, load_slots, split_off
 from .children import hide, hide_again, is_walk, take_away
 from .forward import adapted_output, convolved
-from .guards import fusing_methods, refuse_another_bias, refusing
+from .guards import RESETS, fusing_methods, refuse_another_bias, refusing, unless_held
 from .keeping import kept_training, overrides_train, require_training
 from .modules import exact_copies
 from .slots import HOME, SLOT, Slots, Swapped, base_class, slots_of
@@ -63,6 +64,8 @@ class Adapted(Swapped):
     def train(self, mode: bool = True) -> Any:
         """Set the training mode; a held norm stays in eval mode, and what trains goes on training."""
         slots = self._convpeft
+        if slots.phase is not None and (mode or wants_training(self)):  # type: ignore[arg-type]
+            slots.phase.trained = True
         slots.wanted_training = mode
         slots.train(mode)
         with kept_training(self, mode) if self.has_own_train else nullcontext():  # type: ignore[arg-type]
@@ -105,6 +108,9 @@ class Adapted(Swapped):
     ) -> None:
         slots, load = self._convpeft, Load(metadata, missing, unexpected, errors)
         entries = split_off(self, slots, state_dict, prefix, load)  # type: ignore[arg-type]
+        whole = {**state_dict, **entries}
+        load_buffers(self, whole, prefix, metadata)  # type: ignore[arg-type]
+        state_dict.update({key: value for key, value in whole.items() if key not in entries})
         slots.loading = True  # with assign=True a load sets parameters
         try:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
@@ -189,6 +195,9 @@ def adapted_class(base: Any) -> Any:
     body: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, "adapted_from": base}
     body.update(has_own_train=overrides_train(base), __init__=_own_class_instead(base))
     body.update({method: refusing(method) for method in fusing_methods(base)})
+    body.update(
+        {method: unless_held(method) for method in RESETS if callable(getattr(base, "reset_running_stats", None))}
+    )
     return type(f"Adapted{base.__name__}", (mixin, base), body)
 
 

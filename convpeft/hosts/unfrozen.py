@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..errors import StateError, shortened
+from .buffers import saved_buffers
 from .slots import BASE, STASH, StoredTensors, base_class, slots_of
 
 _UNDO = "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations, remove_weight_norm)"
@@ -17,13 +18,16 @@ Owners = Mapping[str, tuple[nn.Module, str | None]]  # by module name: the modul
 def tensors_of(module: nn.Module, owner: str) -> dict[str, Tensor]:
     """Return an owner's tensors by name (``BASE`` for the base's), wherever they are now."""
     slots = slots_of(module)
-    if slots is None or slots.shown == owner or (owner == BASE and slots.shown is None):
-        tensors = {**module._parameters, **module._buffers}
-        hidden = module._non_persistent_buffers_set
+    tensors: dict[str, Tensor | None]
+    if slots is None or (owner == BASE and slots.shown is None):
+        tensors = {**module._parameters, **saved_buffers(module)}
+    elif slots.shown == owner:
+        exchanged = slots.stored(BASE)._buffers
+        tensors = {**module._parameters, **{name: now for name, now in module._buffers.items() if name in exchanged}}
     else:
         store = slots.stored(owner)
-        tensors, hidden = {**store._parameters, **store._buffers}, set()
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None and name not in hidden}
+        tensors = {**store._parameters, **store._buffers}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def swap_in(module: nn.Module, owner: str | None) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..convolution.precision import floating_dtype
+from ..hosts.buffers import drop, forget, put_away
 from ..hosts.model import ATTRIBUTE, AdaptedModel, whole
 from ..hosts.modules import base_modules, named_parameters
 from ..hosts.records import AdapterRecord
@@ -92,10 +93,13 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     switch(adapted, tuple(active for active in state.active if active not in names))
     for each in names:
         adapted.take_out(each, adapted.touched([each]))
+        drop(adapted.root, each)
         del state.adapters[each]
     if state.adapters:
         train_only(adapted, state.active)
         return model
+    put_away(adapted.root, state.phase, held=True)
+    forget(adapted.root)
     adapted.restore(list(state.swapped))
     del adapted.root.__dict__[ATTRIBUTE]
     parameters = named_parameters(adapted.root)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..adapters.registry import make_adapter
 from ..errors import HostError, StateError
+from ..hosts.buffers import adopt, drop, forget, give, put_away, remember
 from ..hosts.guards import can_be_lean, fusing_methods, swap_refusal
 from ..hosts.keeping import overrides_train
 from ..hosts.model import ATTRIBUTE, AdaptedModel
 from ..hosts.modules import device_and_dtype, is_batchnorm_like, is_within, named_parameters, unique_modules
-from ..hosts.records import AdapterRecord, ModelState
+from ..hosts.records import AdapterRecord, ModelState, Phase
 from ..hosts.slots import BASE, StoredTensors, base_class, slots_of
 from ..hosts.swap import adapt, restore, wants_training
 from ..hosts.unfrozen import remove_owner, tensors_of
 from ..planning.plan import PlannedLayer
-from .switching import switch, train_only
+from .switching import note_training, switch, train_only
 
 _FORBIDDEN = set("./\\ \t\n")
 
@@ -32,10 +33,12 @@ class Built:
     Attributes:
         adapters: by layer.
         tensors: its own values of unfrozen modules, by module.
+        buffers: its own of other modules, that training moved, by module.
     """
 
     adapters: dict[str, Adapter]
     tensors: dict[str, StoredTensors]
+    buffers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def check_name(root: nn.Module, name: str) -> None:
@@ -68,6 +71,9 @@ def build(
         dtype: of the adapters; unset, that of each module.
     """
     adapters: dict[str, Adapter] = {}
+    model = AdaptedModel.find(modules[""])
+    if model is not None:
+        note_training(model)
     for layer in layers:
         host = modules[layer.name]
         device, own = device_and_dtype(host, modules[""])
@@ -78,6 +84,7 @@ def build(
     for name in unfrozen:
         stores[name] = store = StoredTensors()
         store.copied = value_of is None
+        adopt(modules[name])
         for key, tensor in tensors_of(modules[name], BASE).items():
             is_parameter = isinstance(tensor, nn.Parameter)
             if id(tensor) not in made:
@@ -111,6 +118,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
             raise HostError(f"{key or '(root)'} ({base_class(module).__name__}): {refusal}")
     model.require_hosts()
     try:
+        remember([module for _, module in modules], state.phase)
         present = set(state.swapped)
         for key, module in wanted.items():
             adapt(module)
@@ -120,9 +128,11 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
             model.slots(key).put(name, adapter, record.layers[key].output)
         for key, tensors in built.tensors.items():
             model.slots(key).put_owner(name, tensors)
+        for key, buffers in built.buffers.items():
+            give(model.module(key), name, buffers)
         for key in state.swapped:
             slots = model.slots(key)
-            slots.lean, slots.state, slots.key = lean, state, key
+            slots.lean, slots.state, slots.key, slots.phase = lean, state, key, state.phase
         state.adapters[name] = record
         root.__dict__[ATTRIBUTE] = state
         for parameter in root.parameters():
@@ -168,6 +178,10 @@ class Rollback:
         if self.model is not None:
             self.model.state.held = None  # whatever was held or let go in between
             switch(self.model, self.active)
+            drop(self.root, name)
+        else:
+            put_away(self.root, Phase(own=True))
+            forget(self.root)
         for key, module in unique_modules(self.root):
             slots = slots_of(module)
             if slots is None:

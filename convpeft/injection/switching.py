@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import AdapterConflict, StateError
+from ..hosts.buffers import bring_out, put_away, weights_stamp
 from ..hosts.model import AdaptedModel
 from ..hosts.swap import hold
 from ..hosts.unfrozen import check_exchange, swap_in
@@ -106,13 +107,26 @@ def switch(adapted: AdaptedModel, names: Names) -> None:
     adapted.require_hosts()
     touched = adapted.touched(dict.fromkeys([*state.active, *names]))
     check_exchange(adapted.root, {key: (module, owner.get(key)) for key, module in touched.items()})
+    note_training(adapted)
+    moved = put_away(adapted.root, state.phase)
     for key, module in touched.items():
         adapted.slots(key).activate(names)
         swap_in(module, owner.get(key))
     for key in state.norms if held != state.held else ():
         hold(adapted.module(key), held)
+    bring_out(moved, state.phase, names)
     state.active, state.held = names, held
+    state.phase.stamp = weights_stamp(adapted.touched(names).values(), names)
     _forget_compiled()
+
+
+def note_training(adapted: AdaptedModel) -> None:
+    """Note, in place, whether the active adapters trained since the last switch though no module was in training mode."""
+    state = adapted.state
+    if not state.phase.trained:
+        weights, count = weights_stamp(adapted.touched(state.active).values(), state.active)
+        then = state.phase.stamp
+        state.phase.trained = weights == then[0] and count != then[1]
 
 
 def _forget_compiled() -> None:

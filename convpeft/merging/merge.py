@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from ..errors import GeometryError, MergeError, OptionError
+from ..hosts.buffers import forget, remember
 from ..hosts.chains import attach_chains, refuse_fusing, set_bias
 from ..hosts.guards import fusing_methods
+from ..hosts.kept import users_modules
 from ..hosts.model import ATTRIBUTE, AdaptedModel
 from ..hosts.modules import base_modules, deep_copy, device_and_dtype, is_sequence, named_parameters
 from ..hosts.slots import SLOT
@@ -201,6 +203,7 @@ def _drop_adapters(adapted: AdaptedModel, kept: set[str]) -> None:
                 adapted.slots(key).take_out(name)
     for key in state.swapped:
         keep_shown(adapted.module(key))
+    forget(adapted.root)
     if not kept:
         adapted.restore(state.swapped)
         del adapted.root.__dict__[ATTRIBUTE]
@@ -214,6 +217,8 @@ def _drop_adapters(adapted: AdaptedModel, kept: set[str]) -> None:
         if name not in state.active or not record.layers:
             del state.adapters[name]
     state.active = tuple(name for name in state.active if name in state.adapters)
+    state.phase.active = state.active
+    remember(users_modules(adapted.root), state.phase)
     adapted.restore([key for key in state.swapped if _is_bare(adapted, key)])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from timm.layers import BatchNormAct2d
@@ -133,3 +135,77 @@ class TestNorms:
         convpeft.inject(model, {"rules": [{"match": "stem.norm", "kind": "bottleneck", "dropout": 0.5}]}, name="b")
         assert model.stem.norm.convpeft.b.training
         assert not model.stem.norm.training
+
+
+BATCHES = [images(4) + shift for shift in (0, 1, 2)]
+
+
+class TestResets:
+    def test_update_bn_leaves_held_norms_as_they_are(self):
+        model = detector()
+        x = images()
+        before, own = bits(model), model(x)
+        convpeft.inject(model, {"rules": [LORA]})
+        with pytest.warns(
+            UserWarning, match=r"BatchNorm2d.reset_running_stats\(\) leaves a norm as it is.*norm: adapt"
+        ):
+            torch.optim.swa_utils.update_bn(BATCHES, model)
+        assert torch.equal(model.eval()(x), own)
+        convpeft.set_active(model, None)
+        assert torch.equal(model(x), own)
+        assert same_bits(before, bits(convpeft.eject(model)))
+        assert model.stem.norm.momentum == 0.1
+
+    def test_update_bn_updates_those_of_an_adapter(self):
+        model = detector()
+        plain = copy.deepcopy(model)
+        torch.optim.swa_utils.update_bn(BATCHES, plain)
+        before = bits(model)
+        convpeft.inject(model, {"rules": [LORA], "norm": "adapt"})
+        torch.optim.swa_utils.update_bn(BATCHES, model)
+        assert torch.equal(model.stem.norm.running_mean, plain.stem.norm.running_mean)
+        assert model.stem.norm.num_batches_tracked == 3
+        assert same_bits(before, bits(convpeft.eject(model)))
+
+    def test_an_averaged_copy_has_the_base_s_statistics(self):
+        model = detector()
+        convpeft.inject(model, {"rules": [LORA]})
+        averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+        averaged.update_parameters(model)
+        with pytest.warns(UserWarning, match="leaves a norm as it is"):
+            torch.optim.swa_utils.update_bn(BATCHES, averaged)
+        assert torch.equal(averaged.module.stem.norm.running_var, model.stem.norm.running_var)
+
+    @pytest.mark.parametrize("method", ["reset_running_stats", "reset_parameters"])
+    @pytest.mark.parametrize(
+        "norm",
+        [
+            lambda: nn.BatchNorm2d(4),
+            lambda: BatchNormAct2d(4),
+            lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        ],
+    )
+    def test_each_reset_waits_until_the_norm_is_free(self, norm, method):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), norm())
+        torch.nn.init.uniform_(model[1].running_mean)
+        before = bits(model)
+        for policy in ("frozen", "adapt"):
+            convpeft.inject(model, {"rules": [{"match": "0", "kind": "lora"}], "norm": policy}, name=policy)
+        getattr(model[1], method)()
+        assert torch.equal(model[1].running_mean, torch.zeros(4))
+        convpeft.set_active(model, "frozen")
+        with pytest.warns(UserWarning, match=method):
+            getattr(model[1], method)()
+        convpeft.eject(model)
+        assert same_bits(before, bits(model))
+        getattr(model[1], method)()
+        assert torch.equal(model[1].running_mean, torch.zeros(4))
+
+    def test_statistics_that_were_forced_come_back(self):
+        model = detector()
+        before = bits(model)
+        convpeft.inject(model, {"rules": [LORA]})
+        model.stem.norm.training = True
+        model(images(4))
+        model.body[0].norm.running_var.zero_()
+        assert same_bits(before, bits(convpeft.eject(model)))
