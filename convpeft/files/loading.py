@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,9 @@ def _unlike_its_tensors(file: AdapterFile, name: str, site: Site, options: Adapt
     """
     kind = file.layers[name].kind
     try:
-        draft = make_adapter(kind, site, options, "meta")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            draft = make_adapter(kind, site, options, "meta")
     except Exception:  # the reason is found, and said, when it is tried
         return None
     for key, tensor in draft.state_dict().items():
