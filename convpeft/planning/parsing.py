@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..errors import OptionError, SpecError, brief, closest, shown
-from .bounds import MOST_BYTES, check_data, check_yaml, is_long
+from .bounds import MOST_BYTES, MOST_RULES, check_data, check_yaml, is_long
 from .rules import Rule, Unfreeze, is_empty, is_text_or_texts
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -118,6 +118,9 @@ def _entries(data: Mapping[str, Any], key: str, problems: list[SpecError]) -> li
         return []
     if isinstance(entries, (str, bytes, Mapping)) or not isinstance(entries, Sequence):
         problems.append(SpecError(f"{key} must be a list, not {shown(entries)}"))
+        return []
+    if len(entries) > MOST_RULES:
+        problems.append(SpecError(f"{key} has {len(entries):,} entries, at most {MOST_RULES:,} are read"))
         return []
     return list(enumerate(entries, 1))
 
