@@ -176,6 +176,10 @@ def _check_dtypes(modules: Mapping[str, nn.Module], sites: Sites, file: AdapterF
         draft = sites.draft(layer.kind, layer.site, layer.options)
         own = {tensor_key(ADAPTER, layer.name, key): tensor for key, tensor in draft.state_dict().items()}
         problems += mixed_dtypes(own, file.tensors, norms_of(draft, layer.name))
+        weight = getattr(modules[layer.name], "weight", None)
+        if draft.tries_itself and isinstance(weight, Tensor) and weight.dtype != torch.float64:
+            wide = [key for key in own if file.tensors[key][1] == "F64"]
+            problems += [f"{key} is float64 in the file, and changes a weight that is not" for key in wide]
     for name in file.owned:
         own = {tensor_key(OWN, name, key): tensor for key, tensor in tensors_of(modules[name], BASE).items()}
         problems += mixed_dtypes(own, file.tensors, {})
@@ -200,10 +204,16 @@ def _built(
     *,
     keep_dtype: bool,
 ) -> Built:
-    """Return what is to be installed, with the file's tensors: in their dtype on the very base, else in that of the model."""
+    """Return what is to be installed, with the file's tensors.
+
+    On the very base they keep their dtype, unless the model's holds all of its numbers and more: then nothing is lost
+    by the model's, and the layers run. On another base they get the model's.
+    """
 
     def saved(key: str, old: Tensor) -> Tensor:
-        made = tensors[key].to(old.device, tensors[key].dtype if keep_dtype else old.dtype, copy=True)
+        dtype = tensors[key].dtype
+        wider = dtype.is_floating_point and torch.promote_types(dtype, old.dtype) == old.dtype
+        made = tensors[key].to(old.device, dtype if keep_dtype and not wider else old.dtype, copy=True)
         if made.dtype != tensors[key].dtype and not torch.equal(made.isfinite().cpu(), tensors[key].isfinite()):
             raise AdapterFileError(f"{path}: {key} overflows {made.dtype}; the model is unchanged")
         return made

@@ -100,7 +100,8 @@ def test_a_method_is_not_tried_unless_the_file_brings_its_tensors(original, tmp_
 
 @pytest.mark.parametrize("method", ["hra", "lora", "loha", "lokr", "ia3", "boft"])
 def test_methods_on_the_list_load_as_they_were_saved(tmp_path, method):
-    model = trained(base(), {"rules": [{"match": ["stem", "proj"], "kind": f"peft:{method}"}]})
+    layers = ["proj"] if method == "boft" else ["stem", "proj"]
+    model = trained(base(), {"rules": [{"match": layers, "kind": f"peft:{method}"}]})
     path = convpeft.save_adapter(model, tmp_path / "a")
     fresh = base()
     convpeft.load_adapter(fresh, path)
@@ -142,6 +143,25 @@ def test_a_tensor_of_another_dtype_than_those_beside_it_is_refused(original, tmp
     written(tmp_path / "a", tensors, parts(original)[1])
     name = str(dtype).removeprefix("torch.")
     assert_refused(tmp_path / "a", rf"tensors do not fit; .*({key} is {name} in the file|{key} beside it is {name})")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["lora", "peft:hra"])
+def test_an_adapter_in_half_precision_is_widened_for_its_float32_layer(tmp_path, kind, dtype):
+    model = trained(base(), {"rules": [{"match": "proj", "kind": kind}]})
+    model.proj.convpeft["screw"].to(dtype)
+    path = convpeft.save_adapter(model, tmp_path / "a")
+    model.proj.convpeft["screw"].float()  # every number of half precision is one of float32
+    fresh = base()
+    convpeft.load_adapter(fresh, path)
+    assert torch.equal(fresh(picture()), model(picture()))
+
+
+def test_a_method_of_peft_in_float64_on_a_float32_layer_is_refused(tmp_path):
+    model = trained(base(), {"rules": [{"match": "proj", "kind": "peft:hra"}]})
+    model.proj.convpeft["screw"].double()
+    path = convpeft.save_adapter(model, tmp_path / "a")
+    assert_refused(path, r"hra_u\.default is float64 in the file, and changes a weight that is not")
 
 
 def test_norms_in_float32_beside_half_precision_load(tmp_path):
