@@ -11,6 +11,7 @@ from typing import Any
 _MOST_SHOWN = 200  # characters of one value in an error text
 _MOST_ITEMS = 6  # of a list or a mapping in an error text
 _MOST_LISTED = 100  # problems in one error text
+_MOST_TEXT = 16_000  # characters of it
 _MOST_COMPARED = 200  # characters of a name that nearest names are searched for
 
 
@@ -147,7 +148,12 @@ def raise_problems(problems: Sequence[SpecError], heading: str) -> None:
     error = classes.pop() if len(classes) == 1 else SpecError
     if len(problems) == 1:
         raise error(f"{heading}: {problems[0]}")
-    lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems[:_MOST_LISTED], 1))
-    rest = len(problems) - _MOST_LISTED
-    more = f"\n  and {rest:,} more like these" if rest > 0 else ""
-    raise error(f"{heading}: {len(problems)} problems, nothing was changed.\n{lines}{more}")
+    lines, letters = [], 0
+    for number, problem in enumerate(problems[:_MOST_LISTED], 1):
+        lines.append(f"  {number}. {problem}")
+        letters += len(lines[-1])
+        if letters > _MOST_TEXT:
+            break
+    rest = len(problems) - len(lines)
+    lines += [f"  and {rest:,} more like these"] if rest else []
+    raise error("\n".join([f"{heading}: {len(problems)} problems, nothing was changed.", *lines]))

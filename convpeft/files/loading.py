@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,9 @@ def _unlike_its_tensors(file: AdapterFile, name: str, site: Site, options: Adapt
     """
     kind = file.layers[name].kind
     try:
-        draft = make_adapter(kind, site, options, "meta")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            draft = make_adapter(kind, site, options, "meta")
     except Exception:  # the reason is found, and said, when it is tried
         return None
     for key, tensor in draft.state_dict().items():
@@ -187,6 +190,10 @@ def _check_dtypes(modules: Mapping[str, nn.Module], sites: Sites, file: AdapterF
         draft = sites.draft(layer.kind, layer.site, layer.options)
         own = {tensor_key(ADAPTER, layer.name, key): tensor for key, tensor in draft.state_dict().items()}
         problems += mixed_dtypes(own, file.tensors, norms_of(draft, layer.name))
+        weight = getattr(modules[layer.name], "weight", None)
+        if draft.tries_itself and isinstance(weight, Tensor) and weight.dtype != torch.float64:
+            wide = [key for key in own if file.tensors[key][1] == "F64"]
+            problems += [f"{key} is float64 in the file, and changes a weight that is not" for key in wide]
     for name in file.owned:
         own = {tensor_key(OWN, name, key): tensor for key, tensor in tensors_of(modules[name], BASE).items()}
         problems += mixed_dtypes(own, file.tensors, {})
@@ -224,13 +231,17 @@ def _built(
     keep_dtype: bool,
     dtype: torch.dtype | None,
 ) -> Built:
-    """Return what is to be installed, with the file's tensors: in their dtype on the very base, else in that of the model.
+    """Return what is to be installed, with the file's tensors.
 
-    ``dtype`` is that of the adapters in either case, if it is given.
+    On the very base they keep their dtype, unless the model's holds all of its numbers and more: then nothing is lost
+    by the model's, and the layers run. On another base they get the model's. ``dtype`` is that of the adapters in either
+    case, if it is given.
     """
 
     def saved(key: str, old: Tensor, keep: bool = keep_dtype) -> Tensor:
-        made = tensors[key].to(old.device, tensors[key].dtype if keep else old.dtype, copy=True)
+        own = tensors[key].dtype
+        wider = own.is_floating_point and torch.promote_types(own, old.dtype) == old.dtype
+        made = tensors[key].to(old.device, own if keep and not wider else old.dtype, copy=True)
         if made.dtype != tensors[key].dtype and not torch.equal(made.isfinite().cpu(), tensors[key].isfinite()):
             raise AdapterFileError(f"{path}: {key} overflows {made.dtype}; the model is unchanged")
         return made

@@ -26,7 +26,7 @@ _NOT_OFFERED = {
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write bytes to a file in one step. A file that is replaced keeps its mode; a link stays, and its target is replaced.
+    """Write bytes to a file in one step. A file that is replaced keeps its mode and owner; a link stays, and its target is replaced.
 
     Raises:
         AdapterFileError: if it cannot be written, or is a folder, a pipe or a device.
@@ -34,7 +34,8 @@ def write(path: Path, content: bytes) -> None:
     temporary: Path | None = None
     try:
         target = Path(os.path.realpath(path))
-        mode = _mode_of(target)
+        before = _replaced(target)
+        mode = None if before is None else stat.S_IMODE(before.st_mode) & 0o777
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear(target)
         temporary = target.with_name(_name_of_part(target.name))
@@ -45,6 +46,9 @@ def write(path: Path, content: bytes) -> None:
             with _if_offered():
                 os.fsync(file.fileno())
             made = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        if before is not None and hasattr(os, "chown") and os.geteuid() == 0:
+            with contextlib.suppress(OSError):
+                os.chown(temporary, before.st_uid, before.st_gid)
         with _if_offered():
             os.chmod(temporary, made if mode is None else mode)
         os.replace(temporary, target)
@@ -56,21 +60,21 @@ def write(path: Path, content: bytes) -> None:
                 os.unlink(temporary)
 
 
-def _mode_of(target: Path) -> int | None:
-    """Return the mode of the file that is to be replaced, or None if there is none.
+def _replaced(target: Path) -> os.stat_result | None:
+    """Return what is known of the file that is to be replaced, or None if there is none.
 
     Raises:
         OSError: if it is no plain file.
     """
     try:
-        mode = os.lstat(target).st_mode
+        found = os.lstat(target)
     except FileNotFoundError:
         return None
-    if stat.S_ISLNK(mode):
+    if stat.S_ISLNK(found.st_mode):
         raise OSError("its links go in a circle")
-    if not stat.S_ISREG(mode):
-        raise OSError(f"it is {kind_of_file(mode)}")
-    return stat.S_IMODE(mode) & 0o777
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"it is {kind_of_file(found.st_mode)}")
+    return found
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from ..errors import SpecError
 MOST_BYTES = 4 * 2**20  # of a spec file
 MOST_RULES = 10_000  # of rules and unfreeze entries
 MOST_PATTERNS = 20_000  # of all rules and entries, aliases written out
-MOST_LETTERS = 2_000_000  # of all patterns, their braces written out
+MOST_LETTERS = 1_000_000  # of all patterns, their braces written out
 _MOST_VALUES = 200_000  # in a spec; what an alias of YAML stands for counts each time
 _DEEPEST = 20  # lists and mappings in one another; a spec has five
 _FAST_FROM = 100_000  # letters of YAML

@@ -18,7 +18,7 @@ from functools import cached_property, lru_cache
 from ..errors import PatternError, shown
 from .braces import SPECIAL, class_end, expand, measure
 
-MOST_LETTERS = 10_000  # of one pattern
+LONGEST = 10_000  # of one pattern
 _MOST_ALTERNATIVES = 4096
 _MOST_EXPANDED = 500_000  # letters of all alternatives together
 _MOST_WILD = 40_000  # letters of those with wildcards: they are compiled
@@ -74,8 +74,8 @@ class Glob:
 
     def __init__(self, pattern: str) -> None:
         """Check and expand the pattern; see ``matches``."""
-        if len(pattern) > MOST_LETTERS:
-            raise PatternError(f"pattern {shown(pattern)} is too long: at most {MOST_LETTERS:,} letters")
+        if len(pattern) > LONGEST:
+            raise PatternError(f"pattern {shown(pattern)} is too long: at most {LONGEST:,} letters")
         count, self.size = measure(pattern)
         if count > _MOST_ALTERNATIVES:
             raise PatternError(f"pattern {shown(pattern)} has more than {_MOST_ALTERNATIVES} alternatives")

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from ..errors import OptionError, SpecError, brief, closest, shown
-from .bounds import MOST_BYTES, check_data, check_yaml, is_long
-from .rules import Rule, Unfreeze, is_text_or_texts
+from .bounds import MOST_BYTES, MOST_RULES, check_data, check_yaml, is_long
+from .rules import Rule, Unfreeze, is_empty, is_text_or_texts
 
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -119,12 +119,10 @@ def _entries(data: Mapping[str, Any], key: str, problems: list[SpecError]) -> li
     if isinstance(entries, (str, bytes, Mapping)) or not isinstance(entries, Sequence):
         problems.append(SpecError(f"{key} must be a list, not {shown(entries)}"))
         return []
+    if len(entries) > MOST_RULES:
+        problems.append(SpecError(f"{key} has {len(entries):,} entries, at most {MOST_RULES:,} are read"))
+        return []
     return list(enumerate(entries, 1))
-
-
-def is_empty(value: Any) -> bool:
-    """Return whether a value stands for nothing where a list or a mapping is wanted."""
-    return isinstance(value, (Mapping, Sequence)) and not len(value)
 
 
 def _rule(entry: Any, label: str, problems: list[SpecError]) -> Rule | None:
@@ -140,8 +138,9 @@ def _rule(entry: Any, label: str, problems: list[SpecError]) -> Rule | None:
     ):
         problems.append(OptionError(f"{label}: match and only are texts or lists of texts, kind is a text"))
         return None
-    if not isinstance(entry.get("where") or {}, Mapping):
-        problems.append(OptionError(f"{label}: where must be a mapping, not {shown(entry['where'])}"))
+    where = entry.get("where")
+    if where is not None and not is_empty(where) and not isinstance(where, Mapping):
+        problems.append(OptionError(f"{label}: where must be a mapping, not {shown(where)}"))
         return None
     if "self" in entry:
         problems.append(OptionError(f"{label}: unknown key 'self'"))

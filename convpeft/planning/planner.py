@@ -132,7 +132,7 @@ def _unfrozen(selection: Selection, problems: list[SpecError]) -> dict[str, floa
                     )
                 )
             for name in names:
-                owned.setdefault(name, float(entry.lr_mult))
+                owned.setdefault(name, 1.0 if label in selection.check.unsound else float(entry.lr_mult))
         problems += selection.problems[before:]
     if selection.spec.norm == "adapt":
         for candidate in selection.candidates:

@@ -70,7 +70,9 @@ class Rule:
         self.kind = kind
         self.place = place
         self.only = as_patterns(only)
-        self.where: Any = plain(dict(where)) if isinstance(where, Mapping) else {} if where is None else where
+        self.where: Any = plain(dict(where)) if isinstance(where, Mapping) else where
+        if where is None or is_empty(where):
+            self.where = {}
         self.lr_mult = plain(lr_mult)
         self.channels = plain(channels)
         self.output = plain(output)
@@ -111,7 +113,7 @@ class Rule:
     def conditions(self) -> str:
         """Return ``only`` and ``where`` in words."""
         parts = [f"only: {', '.join(self.only)}"] if self.only else []
-        return "; ".join(parts + [f"{key}: {value}" for key, value in self.where.items()])
+        return brief("; ".join(parts + [f"{key}: {shown(value)}" for key, value in self.where.items()]))
 
     def problems(self, label: str) -> list[SpecError]:
         """Return everything wrong with the rule, but for its patterns, that can be told without a model."""
@@ -194,6 +196,11 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def _nearest_rule_key(unknown: str) -> str:
     near = closest(unknown, RULE_KEYS, 1)
     return f" Or the rule's own key {near!r}?" if near else ""
+
+
+def is_empty(value: Any) -> bool:
+    """Return whether a value stands for nothing where a list or a mapping is wanted."""
+    return isinstance(value, (Mapping, Sequence)) and not len(value)
 
 
 def is_text_or_texts(value: Any) -> bool:
