@@ -364,14 +364,21 @@ def _pad(x: Tensor, sides: Sides, mode: str) -> Tensor:
     """Return ``x`` padded, then cropped where a side is negative, so circular padding wraps around the whole input."""
     top, bottom, left, right = sides
     grow = [max(0, left), max(0, right), max(0, top), max(0, bottom)]
-    height, width = x.shape[-2], x.shape[-1]
-    most = [height - (mode == "reflect"), width - (mode == "reflect")]
-    if mode in ("reflect", "circular") and (max(grow[2:]) > most[0] or max(grow[:2]) > most[1]):
+    if any(grow) and _wraps_more_than_once(x, grow, mode):
         x = _repeated(_repeated(x, -2, grow[2], grow[3], mode), -1, grow[0], grow[1], mode)
     elif any(grow):
         x = F.pad(x, grow, mode=_FLIP[mode])
-    height, width = x.shape[-2], x.shape[-1]
-    return x[..., max(0, -top) : height - max(0, -bottom), max(0, -left) : width - max(0, -right)]
+    if min(sides) >= 0:
+        return x
+    return x[..., max(0, -top) : min(0, bottom) or None, max(0, -left) : min(0, right) or None]
+
+
+def _wraps_more_than_once(x: Tensor, grow: Sequence[int], mode: str) -> bool:
+    """Return whether a padding is larger than ``F.pad`` allows; sizes are not looked at where any is allowed."""
+    if mode not in ("reflect", "circular"):
+        return False
+    fewer = int(mode == "reflect")
+    return max(grow[2:]) > x.shape[-2] - fewer or max(grow[:2]) > x.shape[-1] - fewer
 
 
 def _repeated(x: Tensor, axis: int, before: int, after: int, mode: str) -> Tensor:

@@ -26,12 +26,20 @@ from .low_rank import (
     whole_kernel,
 )
 from .origins import Origin, Recall, origin_of
-from .precision import autocast_dtype, without_autocast
+from .precision import autocast_dtype, in_dtype, without_autocast
 
 # torch 2.1 has the latter
 is_compiling: Any = getattr(torch.compiler, "is_compiling", None) or getattr(
     torch._utils, "is_compiling", lambda: False
 )
+
+
+_is_exporting: Any = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7 or so has it
+
+
+def is_exporting() -> bool:
+    """Return whether the model is being traced or exported: what runs now will be run on inputs of other sizes."""
+    return torch.jit.is_tracing() or _is_exporting()
 
 
 def is_eager() -> bool:
@@ -67,8 +75,8 @@ def _computes_tensors(module_class: type) -> bool:
 
 def _holds_plainly(layer: Any) -> bool:
     """Return whether a layer's weight and bias are what it is registered with, so that nothing computes them."""
-    own = layer._parameters  # a tensor computed by a hook or a parametrisation is not in it
-    return "weight" in own and "bias" in own and layer.__dict__.keys().isdisjoint(("weight", "bias"))
+    own, other = layer._parameters, layer.__dict__  # a tensor computed by a hook or a parametrisation is not in the first
+    return "weight" in own and "bias" in own and "weight" not in other and "bias" not in other
 
 
 def convolve(layer: Any, x: Any, factors: Factors | None, lean: bool) -> Tensor | None:
@@ -99,13 +107,21 @@ def convolve(layer: Any, x: Any, factors: Factors | None, lean: bool) -> Tensor 
     x = x if dtype is None else x.to(dtype)
     down, up, form = None, None, "separate"
     if factors is not None:
-        down, up, form = factors.down.to(x.dtype), factors.up.to(x.dtype), factors.form_for(x, weight, layer.training)
+        down, up = factors.down.to(x.dtype), factors.up.to(x.dtype)
+        if is_exporting():  # no form by size, and no operations but convolutions, which every runtime has
+            return _beside(F.conv2d(x, weight.to(x.dtype), in_dtype(bias, x.dtype), *conv), x, down, up, conv)
+        form = factors.form_for(x, weight, layer.training)
         # torch's own backward of "summed" would compute the gradient of the whole kernel
         form = "separate" if form == "summed" and layer.training and not eager else form
     if not own_node:
         return _forward(x, weight, bias, down, up, conv, form)[0]
     origin = origin_of(x) if lean and down is not None else None
     return _Convolution.apply(x, weight, bias, down, up, _Settings(conv, form, origin))
+
+
+def _beside(output: Tensor, x: Tensor, down: Tensor, up: Tensor, conv: ConvArgs) -> Tensor:
+    """Return an output with a low-rank update added, by two convolutions and a sum."""
+    return output + F.conv2d(F.conv2d(x, down, None, *conv), up, None, groups=conv.groups)
 
 
 def convolve_trained(geometry: ConvGeometry, x: Tensor, weight: Tensor) -> Tensor:
