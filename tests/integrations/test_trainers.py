@@ -110,14 +110,13 @@ def test_a_trainer_that_builds_its_own_model_is_refused_before_it_trains(yolo, a
 
 
 def test_everything_else_goes_on_working(yolo):
-    picture = np.zeros((64, 64, 3), np.uint8)
-    assert len(yolo.predict(picture, imgsz=64, verbose=False)) == 1
     assert yolo.model.yaml["nc"] == 80
+    assert yolo.names[0] == "0"
     assert convpeft.active_adapters(copy.deepcopy(yolo.model)) == ("default",)
     buffer = io.BytesIO()
     torch.save(yolo.model, buffer)
-    convpeft.eject(yolo.model)
-    assert not any(isinstance(module, convpeft.Adapter) for module in yolo.model.modules())
+    yolo.model = convpeft.merge(yolo.model)
+    assert len(yolo.predict(np.zeros((64, 64, 3), np.uint8), imgsz=64, verbose=False)) == 1
 
 
 def test_a_model_without_adapters_trains_as_ever(yolo, arguments):
