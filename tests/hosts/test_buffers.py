@@ -8,7 +8,9 @@ import pickle
 
 import pytest
 import torch
+from timm.layers import EvoNorm2dB0
 from torch import nn
+from torch.ao.quantization import FakeQuantize
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import convpeft
@@ -107,6 +109,8 @@ MOVING = {
     "lazy": LazyCentre,
     "spectral": lambda: spectral_norm(nn.Conv2d(8, 8, 1)),
     "parametrised spectral": lambda: parametrizations.spectral_norm(nn.Conv2d(8, 8, 1)),
+    "timm's EvoNorm": lambda: EvoNorm2dB0(8),
+    "fake quantisation": FakeQuantize,
     "two in a block": lambda: nn.Sequential(Centre(), nn.ReLU(), Bank()),
 }
 LORA = {"rules": [{"match": "0", "kind": "lora", "rank": 2}]}
