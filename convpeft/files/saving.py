@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save as safetensors_bytes
@@ -56,7 +57,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
         "layers": {key: asdict(layer) for key, layer in record.layers.items()},
         "owned": record.owned,
         "norm": record.norm,
-        "base": {"algorithm": ALGORITHM, "layers": fingerprint(adapted.root), "parts": parts(adapted.root)},
+        "base": _base(adapted.root),
         "content": digest(sorted(tensors.items())),
         "torch": torch.__version__.split("+")[0],
     }
@@ -64,6 +65,13 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
     path = Path(path)
     write(path, safetensors_bytes({key: tensor.clone() for key, tensor in tensors.items()}, {METADATA: text}))
     return path
+
+
+def _base(root: nn.Module) -> dict[str, Any]:
+    """Return what a file says of the base it was made on."""
+    said: dict[str, Any] = {"algorithm": ALGORITHM, "layers": fingerprint(root)}
+    buffers = parts(root)
+    return {**said, "parts": buffers} if buffers else said
 
 
 def _tensors(adapted: AdaptedModel, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,9 @@ import pickle
 
 import pytest
 import torch
+from timm.layers import EvoNorm2dB0
 from torch import nn
+from torch.ao.quantization import FakeQuantize
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import convpeft
@@ -98,6 +100,14 @@ class Initialised(nn.Module):
         return y / self.scale
 
 
+class Quantised(FakeQuantize):
+    """Rounds as quantising would, and observes the range in training only."""
+
+    def train(self, mode=True):
+        (self.enable_observer if mode else self.disable_observer)()
+        return super().train(mode)
+
+
 MOVING = {
     "centre": Centre,
     "codebook": Codebook,
@@ -107,6 +117,8 @@ MOVING = {
     "lazy": LazyCentre,
     "spectral": lambda: spectral_norm(nn.Conv2d(8, 8, 1)),
     "parametrised spectral": lambda: parametrizations.spectral_norm(nn.Conv2d(8, 8, 1)),
+    "timm's EvoNorm": lambda: EvoNorm2dB0(8),
+    "fake quantisation": Quantised,
     "two in a block": lambda: nn.Sequential(Centre(), nn.ReLU(), Bank()),
 }
 LORA = {"rules": [{"match": "0", "kind": "lora", "rank": 2}]}
