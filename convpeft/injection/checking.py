@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import StateError
+from ..errors import StateError, shortened
+from ..hosts.keeping import is_frozen
 from ..hosts.model import AdaptedModel
 from ..hosts.watching import watched_run
 
@@ -22,17 +23,19 @@ class CheckReport:
         read_past: of each, called or not, whose layer's weights were read while the layer was not running: what was made
             of them has nothing of the adapter, and a merge would change it.
         reasons: why, for each that is not as it should be.
+        frozen: of each that is to train, and whose parameters on that layer were all frozen by somebody else.
     """
 
     called: tuple[str, ...]
     never_called: tuple[str, ...]
     read_past: tuple[str, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Return whether every active adapter ran, and no layer was read past."""
-        return not self.never_called and not self.read_past
+        """Return whether every active adapter ran, no layer was read past, and what is to train can."""
+        return not self.never_called and not self.read_past and not self.frozen
 
     def __str__(self) -> str:
         count = len(self.called) + len(self.never_called)
@@ -51,6 +54,9 @@ class CheckReport:
             lines.append("Where others read a layer's weight, put the adapter on their output instead (place: output).")
         if set(self.never_called) - set(self.read_past):
             lines.append("A layer that did not run may need other inputs, or belongs to a branch that nothing uses.")
+        if self.frozen:
+            lines.append(f"{len(self.frozen)} should train and were frozen: {shortened(self.frozen)}.")
+            lines.append("convpeft.set_active(model, name) lets an adapter train again.")
         return "\n".join(lines)
 
 
@@ -91,4 +97,16 @@ def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport:
             reasons[label] = f"its weights were read by {reader}, not by the layer itself"
         elif not ran:
             reasons[label] = "it did not run on these inputs"
-    return CheckReport(tuple(called), tuple(never_called), tuple(read_past), reasons)
+    return CheckReport(tuple(called), tuple(never_called), tuple(read_past), reasons, _frozen(adapted))
+
+
+def _frozen(adapted: AdaptedModel) -> tuple[str, ...]:
+    """Return, as ``layer: adapter name``, what should train in a pass in training mode and was frozen."""
+    state = adapted.state
+    names = () if state.resting else [name for name in state.active if name in state.trained]
+    return tuple(
+        f"{key or '(root)'}: {name}"
+        for name in names
+        for key, module in adapted.touched([name]).items()
+        if is_frozen(module, adapted.slots(key), name)
+    )
