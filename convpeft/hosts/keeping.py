@@ -24,7 +24,7 @@ def overrides_train(module: nn.Module | type) -> bool:
     """Return whether the class of a module, or a class, has a ``train()`` that is not torch's own."""
     base: Any = base_class(module) if isinstance(module, nn.Module) else module
     owner = next(each for each in base.__mro__ if "train" in vars(each))
-    return not owner.__module__.startswith("torch.nn.")
+    return not owner.__module__.startswith("torch.")
 
 
 @contextmanager
@@ -69,9 +69,14 @@ def require_training(module: nn.Module, slots: Slots) -> None:
     Raises:
         StateError: naming the layer and the adapter.
     """
-    if is_compiling() or not torch.is_grad_enabled():
+    state = slots.state
+    if state is None or not state.trained or not torch.is_grad_enabled() or is_compiling():
         return
     for name in _trained(slots):
+        adapter = slots._modules.get(name)
+        quick = adapter is None or _trains(adapter)  # as good as always
+        if quick and slots.shown != name:
+            continue
         if is_frozen(module, slots, name) and torch._C._current_graph_task_id() == -1:  # no recomputation in backward
             raise StateError(
                 f"{slots.key or '(root)'}: the adapter {name!r} is to train, but all its parameters here were frozen after it "
@@ -83,28 +88,23 @@ def require_training(module: nn.Module, slots: Slots) -> None:
 
 def is_frozen(module: nn.Module, slots: Slots, name: str) -> bool:
     """Return whether an adapter on a module, or its values of the module's tensors, has parameters and none that trains."""
-    adapter = slots.get(name)
-    if adapter is not None and _all_frozen(adapter):
-        return True
-    return slots.shown == name and _requires(module) is False
-
-
-def _all_frozen(adapter: nn.Module) -> bool:
-    if _requires(adapter):  # as good as always, and the quickest to find out
+    adapter = slots._modules.get(name)
+    if adapter is not None and not _trains(adapter):
+        return any(_is_parameter(tensor) for part in adapter.modules() for tensor in part._parameters.values())
+    if slots.shown != name:
         return False
-    found = [_requires(each) for each in adapter.modules()]
-    return True not in found and False in found
+    own = module._parameters.values()
+    return any(map(_is_parameter, own)) and not any(tensor is not None and tensor.requires_grad for tensor in own)
 
 
-def _requires(module: nn.Module) -> bool | None:
-    """Return whether one of a module's own parameters requires a gradient; None if there are none to tell from.
-
-    What ``functional_call`` or a sharded model puts in their place are no parameters, and tell nothing.
-    """
-    found = None
+def _trains(module: nn.Module) -> bool:
+    """Return whether a parameter of a module, or of one below, requires a gradient."""
     for parameter in module._parameters.values():
-        if parameter is not None and parameter.is_floating_point():
-            if parameter.requires_grad or not isinstance(parameter, nn.Parameter):
-                return True
-            found = False
-    return found
+        if parameter is not None and parameter.requires_grad:
+            return True
+    return any(child is not None and _trains(child) for child in module._modules.values())
+
+
+def _is_parameter(tensor: Any) -> bool:
+    """Return whether this could require a gradient; what ``functional_call`` or sharding put in its place tells nothing."""
+    return isinstance(tensor, nn.Parameter) and tensor.is_floating_point()

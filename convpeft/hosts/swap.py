@@ -6,6 +6,7 @@ The module keeps its parameters, buffers, children, hooks and identity. All that
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import cache, wraps
@@ -14,13 +15,13 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..convolution.nodes import is_convolution, is_norm, normalise
+from ..convolution.nodes import is_compiling, is_convolution, is_norm, normalise
 from ..errors import HostError
 from .buffers import load_buffers
 from .checkpoints import Load, load_slots, split_off
 from .children import hide, hide_again, is_walk, take_away
 from .forward import adapted_output, convolved
-from .guards import RESETS, fusing_methods, refuse_another_bias, refusing, unless_held
+from .guards import RESETS, fusing_methods, refuse_another_bias, refusing, swap_refusal, unless_held
 from .keeping import kept_training, overrides_train, require_training
 from .modules import exact_copies
 from .slots import HOME, SLOT, Slots, Swapped, base_class, slots_of
@@ -61,15 +62,20 @@ class Adapted(Swapped):
         """Return the module's own output, by a cheaper way than its forward, and the adapters still to be added; or None."""
         return None, ()
 
-    def train(self, mode: bool = True) -> Any:
-        """Set the training mode; a held norm stays in eval mode, and what trains goes on training."""
-        slots = self._convpeft
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Set the training mode; a held norm stays in eval mode, and what trains goes on training.
+
+        A ``train`` that takes something else, and so is no such method (ultralytics' ``YOLO``), runs as it is.
+        """
+        slots, mode = self._convpeft, args[0] if args else kwargs.get("mode", True)
+        if not isinstance(mode, bool) or len(args) > 1 or not kwargs.keys() <= {"mode"}:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
         if slots.phase is not None and (mode or wants_training(self)):  # type: ignore[arg-type]
             slots.phase.trained = True
         slots.wanted_training = mode
         slots.train(mode)
         with kept_training(self, mode) if self.has_own_train else nullcontext():  # type: ignore[arg-type]
-            super().train(mode)  # type: ignore[misc]
+            super().train(*args, **kwargs)  # type: ignore[misc]
         if slots.held:
             self.training = False
         return self
@@ -85,13 +91,13 @@ class Adapted(Swapped):
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the module's own children with their names."""
         yield from super().named_children()  # type: ignore[misc]
-        if is_walk(sys._getframe(1)) and self._convpeft._modules:
+        if not is_compiling() and is_walk(sys._getframe(1)) and self._convpeft._modules:
             yield SLOT, self._convpeft
 
     def children(self) -> Iterator[nn.Module]:
         """Yield the module's own children."""
         yield from super().children()  # type: ignore[misc]
-        if is_walk(sys._getframe(1)) and self._convpeft._modules:
+        if not is_compiling() and is_walk(sys._getframe(1)) and self._convpeft._modules:
             yield self._convpeft
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,6 +173,16 @@ class _AdaptedNorm(Adapted):
 class _AdaptedSequence(Adapted):
     """For ``nn.Sequential`` and ``nn.ModuleList``, which replace the dict of their children when one is deleted."""
 
+    def __getitem__(self, index: int | slice) -> Any:
+        own: Any = (
+            self.adapted_from
+        )  # named here, for the compiler cannot follow a class that is swapped while it traces
+        if isinstance(index, slice) and own.__getitem__ is nn.Sequential.__getitem__:
+            return own(OrderedDict(list(self._modules.items())[index]))
+        if isinstance(index, slice) and own.__getitem__ is nn.ModuleList.__getitem__:
+            return own(list(self._modules.values())[index])
+        return super().__getitem__(index)  # type: ignore[misc]
+
     def __delitem__(self, index: int | slice) -> None:
         super().__delitem__(index)  # type: ignore[misc]
         hide_again(self)  # type: ignore[arg-type]
@@ -234,6 +250,17 @@ def adapt(module: nn.Module) -> Slots:
             raise HostError(f"{base.__name__} does not allow its class to be extended: {error}") from error
         raise
     return slots
+
+
+def can_be_kept_training(module: nn.Module) -> bool:
+    """Return whether a module has a ``train()`` of its own that might freeze what is below, and allows the class swap."""
+    if not overrides_train(module) or swap_refusal(module) is not None:
+        return False
+    try:
+        adapted_class(base_class(module))
+    except TypeError:
+        return False
+    return True
 
 
 def restore(module: nn.Module) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import StateError
+from ..errors import StateError, shortened
+from ..hosts.keeping import is_frozen
 from ..hosts.model import AdaptedModel
 from ..hosts.reaching import cut_off
 from ..hosts.watching import watched_run
@@ -25,6 +26,7 @@ class CheckReport:
             of them has nothing of the adapter, and a merge would change it.
         no_gradient: of each that ran, but that no gradient of the model's outputs would reach.
         reasons: why, for each that is not as it should be.
+        frozen: of each that is to train, and whose parameters on that layer were all frozen by somebody else.
     """
 
     called: tuple[str, ...]
@@ -32,11 +34,12 @@ class CheckReport:
     read_past: tuple[str, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
     no_gradient: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Return whether every active adapter ran and can be trained, and no layer was read past."""
-        return not self.never_called and not self.read_past and not self.no_gradient
+        """Return whether every active adapter ran, no layer was read past, and what is to train can."""
+        return not (self.never_called or self.read_past or self.no_gradient or self.frozen)
 
     def __str__(self) -> str:
         count = len(self.called) + len(self.never_called)
@@ -60,6 +63,9 @@ class CheckReport:
             lines.append(
                 "What no gradient reaches does not train. A model that needs targets for that wants them as inputs here."
             )
+        if self.frozen:
+            lines.append(f"{len(self.frozen)} should train and were frozen: {shortened(self.frozen)}.")
+            lines.append("convpeft.set_active(model, name) lets an adapter train again.")
         return "\n".join(lines)
 
 
@@ -113,4 +119,17 @@ def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport:
             reasons[label] = "it did not run on these inputs"
         elif id(adapter) in cut:
             reasons[label] = cut[id(adapter)]
-    return CheckReport(tuple(called), tuple(never_called), tuple(read_past), reasons, no_gradient)
+    lists = (tuple(called), tuple(never_called), tuple(read_past))
+    return CheckReport(*lists, reasons, no_gradient, _frozen(adapted))
+
+
+def _frozen(adapted: AdaptedModel) -> tuple[str, ...]:
+    """Return, as ``layer: adapter name``, what should train in a pass in training mode and was frozen."""
+    state = adapted.state
+    names = () if state.resting else [name for name in state.active if name in state.trained]
+    return tuple(
+        f"{key or '(root)'}: {name}"
+        for name in names
+        for key, module in adapted.touched([name]).items()
+        if is_frozen(module, adapted.slots(key), name)
+    )

@@ -13,12 +13,11 @@ from ..adapters.registry import make_adapter
 from ..errors import HostError, StateError
 from ..hosts.buffers import adopt, drop, forget, give, put_away, remember
 from ..hosts.guards import can_be_lean, fusing_methods, swap_refusal
-from ..hosts.keeping import overrides_train
 from ..hosts.model import ATTRIBUTE, AdaptedModel
 from ..hosts.modules import device_and_dtype, is_batchnorm_like, is_within, named_parameters, unique_modules
 from ..hosts.records import AdapterRecord, ModelState, Phase
 from ..hosts.slots import BASE, StoredTensors, base_class, slots_of
-from ..hosts.swap import adapt, restore, wants_training
+from ..hosts.swap import adapt, can_be_kept_training, restore, wants_training
 from ..hosts.unfrozen import remove_owner, tensors_of
 from ..planning.plan import PlannedLayer
 from .switching import note_training, switch, train_only
@@ -158,7 +157,7 @@ def _to_swap(
     for key, module in modules:
         if fusing_methods(module) and any(is_within(host, key) for host in record.layers):
             wanted[key] = None
-        if overrides_train(module) and any(is_within(each, key) for each in (*record.layers, *record.owned)):
+        if can_be_kept_training(module) and any(is_within(each, key) for each in (*record.layers, *record.owned)):
             wanted[key] = None
     return wanted
 
