@@ -18,6 +18,7 @@ from ..hosts.model import unwrapped
 from ..hosts.modules import base_modules, unique_modules
 from ..hosts.records import AdapterRecord
 from ..hosts.slots import BASE, base_class
+from ..hosts.transaction import with_normal_tensors
 from ..hosts.unfrozen import tensors_of
 from ..injection.install import Built, build, check_name, install
 from ..planning.bypasses import bypassed
@@ -32,6 +33,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
+@with_normal_tensors
 def load_adapter(
     model: nn.Module, path: str | Path, *, name: str | None = None, any_base: bool = False, lean: bool = True
 ) -> AdapterFile:

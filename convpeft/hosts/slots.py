@@ -37,7 +37,8 @@ class Slots(nn.ModuleDict):
         shown: the owner whose tensors are in the module now, or None for the base's.
         held: this norm stays in eval mode, whatever ``train()`` says.
         lean: save for backward only what a frozen layer's gradients need.
-        router: sends the samples of a batch through their adapters, inside ``convpeft.route``; else None.
+        router: runs the layer in place of its own forward: inside ``convpeft.route`` or ``using``, and during a change;
+            else None. A copy has none.
         wanted_training: the mode last asked for while held.
         loading: a state_dict is being loaded into the module.
     """
@@ -57,6 +58,10 @@ class Slots(nn.ModuleDict):
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # Module would refuse an attribute with the name of an adapter
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle takes along."""
+        return {**self.__dict__, "router": None}
 
     def adapters(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the adapters by name."""

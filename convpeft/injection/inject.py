@@ -6,16 +6,20 @@ from typing import Any
 
 from torch import nn
 
+from ..hosts.journal import Journal, named_parameters
 from ..hosts.model import ATTRIBUTE, AdaptedModel, unwrapped
 from ..hosts.modules import base_modules
 from ..hosts.records import AdapterRecord
+from ..hosts.trained import train_only
+from ..hosts.transaction import change, with_normal_tensors
 from ..planning.plan import Plan
 from ..planning.planner import make_plan
 from ..planning.spec import SpecLike, as_spec
 from .install import build, check_name, install
-from .switching import switch, train_only
+from .switching import Switch, switch
 
 
+@with_normal_tensors
 def inject(
     model: nn.Module, spec: SpecLike, *, name: str = "default", example_inputs: Any = None, lean: bool = True
 ) -> Plan:
@@ -34,7 +38,7 @@ def inject(
 
     Raises:
         SpecError: all problems of the spec at once.
-        StateError: if the name is taken or unusable.
+        StateError: if the name is taken or unusable; while another thread runs the model.
         HostError: if a module does not allow its class to be extended.
 
     Example:
@@ -61,6 +65,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
 
     Raises:
         UnknownAdapter: if no adapter has that name.
+        StateError: inside ``route``; while another thread runs the model, or has a ``with`` block of convpeft open.
     """
     adapted = AdaptedModel.find(model)
     if adapted is None:
@@ -72,19 +77,33 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     for each in names:
         adapted.record(each)
     adapted.require_unrouted()
-    if len(names) == len(state.adapters):
+    is_last = len(names) == len(state.adapters)
+    if is_last:
         adapted.check_restorable()
-    switch(adapted, tuple(active for active in state.active if active not in names))
-    for each in names:
-        adapted.take_out(each, adapted.touched([each]))
-        del state.adapters[each]
-    if state.adapters:
-        train_only(adapted, state.active)
-        return model
+    planned = Switch.to(adapted, tuple(active for active in state.active if active not in names))
+
+    def work(journal: Journal) -> None:
+        journal.keep(state)
+        for key in state.swapped if is_last else adapted.touched(names):
+            journal.keep_module(adapted.module(key))
+        switch(planned, journal)
+        for each in names:
+            adapted.take_out(each, adapted.touched([each]))
+            del state.adapters[each]
+        if is_last:
+            _give_back(adapted, journal)
+        else:
+            train_only(adapted, state.active, journal)
+
+    change(adapted.root, state, work, [adapted.slots(key) for key in state.swapped])
+    return model
+
+
+def _give_back(adapted: AdaptedModel, journal: Journal) -> None:
+    """Give all modules their classes back, and all parameters their ``requires_grad``, in place."""
+    state = adapted.state
     adapted.restore(list(state.swapped))
     del adapted.root.__dict__[ATTRIBUTE]
-    parameters = dict(adapted.root.named_parameters(remove_duplicate=False))
-    for key, flag in state.requires_grad.items():
-        if key in parameters:
-            parameters[key].requires_grad_(flag)
-    return model
+    for key, parameter in named_parameters(adapted.root):
+        if key in state.requires_grad:
+            journal.require_grad(parameter, state.requires_grad[key])

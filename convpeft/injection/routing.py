@@ -10,12 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..convolution.nodes import is_compiling
 from ..errors import StateError
+from ..hosts.journal import Journal
 from ..hosts.model import AdaptedModel
 from ..hosts.slots import Slots
 from ..hosts.swap import hold
+from ..hosts.threads import Block
+from ..hosts.trained import train_only
+from ..hosts.transaction import change
 from ..hosts.unfrozen import swap_in
-from .switching import Names, holds_norms, names_of, train_only
+from .switching import Names, enter_block, holds_norms, leave_block, names_of, owners_of
 
 
 @contextmanager
@@ -48,28 +53,18 @@ def route(model: nn.Module, names: Sequence[str | Iterable[str] | None]) -> Iter
     adapted.require_unrouted()
     if isinstance(names, str) or not len(names):
         raise StateError(f"route takes one entry for each sample of the batch, not {names!r}")
-    samples = [names_of(adapted, entry) for entry in names]
-    involved = tuple(dict.fromkeys(name for entry in samples for name in entry))
-    state = adapted.state
-    touched = adapted.touched((*involved, *state.active))  # what is active now must not reach the samples of others
-    norms = state.norms if {holds_norms(adapted, entry) for entry in samples} != {state.held} else ()
-    keys = {id(adapted.slots(key)): key for key in (*touched, *norms)}
-    router = _Router(adapted, samples, keys)
-    trained = state.trained
+    router = _Router(adapted, [names_of(adapted, entry) for entry in names])
     try:
-        state.routed = involved
-        train_only(adapted, involved)
-        for key in keys.values():
-            adapted.slots(key).router = router
-        yield model
-    finally:
-        for key in keys.values():
-            adapted.slots(key).router = None
-        state.routed = None
-        train_only(adapted, trained)
+        try:
+            router.enter()
+            yield model
+        finally:
+            router.leave()
+    finally:  # an interrupt may have come before the line above
+        router.leave()
 
 
-class _Router:
+class _Router(Block):
     """Runs a routed module once for each group of samples.
 
     Attributes:
@@ -77,17 +72,50 @@ class _Router:
         names: of the group that is running, or None. A routed module inside another one sees that group only.
     """
 
-    def __init__(self, adapted: AdaptedModel, samples: list[Names], keys: dict[int, str]) -> None:
-        self.adapted, self.count, self.keys = adapted, len(samples), keys
+    def __init__(self, adapted: AdaptedModel, samples: list[Names]) -> None:
+        self.adapted, self.count, state = adapted, len(samples), adapted.state
         self.groups: dict[Names, list[int]] = {}
         for number, entry in enumerate(samples):
             self.groups.setdefault(entry, []).append(number)
         order = [number for numbers in self.groups.values() for number in numbers]
         self.back = sorted(range(self.count), key=order.__getitem__)
         self.names: Names | None = None
+        self.involved = tuple(dict.fromkeys(name for entry in samples for name in entry))
+        touched = adapted.touched((*self.involved, *state.active))  # what is active now must not reach others' samples
+        norms = state.norms if {holds_norms(adapted, entry) for entry in samples} != {state.held} else ()
+        self.keys = {id(adapted.slots(key)): key for key in (*touched, *norms)}
+        super().__init__("is inside convpeft.route(...)", [adapted.slots(key) for key in self.keys.values()])
+
+    def enter(self) -> None:
+        """Begin to route, in place, and note the block in the state; both or neither."""
+        state = self.adapted.state
+
+        def work(journal: Journal) -> None:
+            journal.keep(state, "routed", "trains_outside")
+            state.routed, state.trains_outside = self.involved, state.trained
+            train_only(self.adapted, self.involved, journal)
+            enter_block(state, self, journal)
+
+        change(self.adapted.root, state, work, self.slots)
+
+    def leave(self) -> None:
+        """Stop to route, in place; nothing happens if the block was not entered, or was left."""
+        state = self.adapted.state
+        if self not in state.blocks:
+            return
+
+        def work(journal: Journal) -> None:
+            journal.keep(state, "routed", "trains_outside")
+            train_only(self.adapted, state.trains_outside or (), journal)
+            state.routed = state.trains_outside = None
+            leave_block(state, self, journal)
+
+        change(self.adapted.root, state, work, self.slots, alone=False)
 
     def run(self, module: Any, slots: Slots, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the module's output for the whole batch, or for the group that is running."""
+        if not is_compiling():
+            self.require_thread(module)
         if self.names is not None:
             return self._as(self.names, module, slots, args, kwargs)
         key = self.keys[id(slots)]
@@ -106,30 +134,33 @@ class _Router:
                 for leaf, mine in zip(flat, batched, strict=True)
             ]
             own_args, own_kwargs = tree_unflatten(part, tree)
-            self.names = names
+            outputs.append(self._group(names, module, slots, own_args, own_kwargs))
+        return self._joined(outputs, key)
+
+    def _group(self, names: Names, module: Any, slots: Slots, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the module gives for one group of samples; routed modules inside it see the group, too."""
+        try:
             try:
-                outputs.append(self._as(names, module, slots, own_args, own_kwargs))
+                self.names = names
+                return self._as(names, module, slots, args, kwargs)
             finally:
                 self.names = None
-        return self._joined(outputs, key)
+        finally:  # an interrupt may have come before the line above
+            self.names = None
 
     def _as(self, names: Names, module: Any, slots: Slots, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the module gives with exactly these adapters active; it is left as it was."""
-        key, shown, active, held = self.keys[id(slots)], slots.shown, slots.active, slots.held
-        state = self.adapted.state
-        owner = next((name for name in names if key in state.adapters[name].owned), None)
-        is_norm = key in state.norms
+        key, before = self.keys[id(slots)], (slots.active, slots.shown, slots.held)
+        owner = owners_of(self.adapted, names).get(key)
+        held = holds_norms(self.adapted, names) if key in self.adapted.state.norms else slots.held
         try:
-            slots.activate(names)
-            swap_in(module, owner)
-            if is_norm:
-                hold(module, holds_norms(self.adapted, names))
-            return module.adapted_forward(*args, **kwargs)
-        finally:
-            slots.activate(active)
-            swap_in(module, shown)
-            if is_norm:
-                hold(module, held)
+            try:
+                _show(module, slots, names, owner, held)
+                return module.adapted_forward(*args, **kwargs)
+            finally:
+                _show(module, slots, *before)
+        finally:  # an interrupt may have come before the line above was through
+            _show(module, slots, *before)
 
     def _joined(self, outputs: list[Any], key: str) -> Any:
         """Return the groups' outputs as one, in the order of the samples."""
@@ -148,3 +179,11 @@ class _Router:
             whole = torch.cat(leaves)
             joined.append(whole[torch.tensor(self.back, device=whole.device)])
         return tree_unflatten(joined, trees[0])
+
+
+def _show(module: Any, slots: Slots, names: Names, owner: str | None, held: bool) -> None:
+    """Let a module run with these adapters, tensors and mode, in place; an interrupted call can be made again."""
+    slots.activate(names)
+    swap_in(module, owner)
+    if slots.held != held:
+        hold(module, held)
