@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
+import tempfile
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +60,29 @@ def nested(model: nn.Module) -> None:
         convpeft.set_active(model, "a")
 
 
+def evaluated() -> nn.Module:
+    return adapted().eval()
+
+
+def run_routed(model: nn.Module) -> None:
+    with convpeft.route(model, ["a", "b"]), torch.no_grad():
+        model(X)
+
+
+def run_twice(model: nn.Module) -> None:
+    with convpeft.using(model, "a"), torch.no_grad():
+        model(X)
+        with convpeft.route(model, [None, "b"]):
+            model(X)
+
+
+@cache
+def adapter_file() -> Path:
+    model = base()
+    convpeft.inject(model, C, name="c")
+    return convpeft.save_adapter(scrambled(model), Path(tempfile.mkdtemp()) / "c.safetensors")
+
+
 VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] = {
     "set_active": (adapted, lambda model: convpeft.set_active(model, "a")),
     "set_active none": (adapted, lambda model: convpeft.set_active(model, None)),
@@ -70,6 +95,10 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] 
     "route": (adapted, partial(in_block, lambda model: convpeft.route(model, ["a", None]))),
     "inject first": (base, lambda model: convpeft.inject(model, C, name="c")),
     "inject": (adapted, lambda model: convpeft.inject(model, C, name="c", lean=False)),
+    "a routed pass": (evaluated, run_routed),
+    "two passes": (evaluated, run_twice),
+    "load": (adapted, lambda model: convpeft.load_adapter(model, adapter_file())),
+    "save": (adapted, lambda model: convpeft.save_adapter(model, adapter_file().with_name("saved.st"), name="a")),
     "merge": (plain, convpeft.merge),
     "merge in place": (plain, lambda model: convpeft.merge(model, inplace=True)),
     "merge in place, factored": (plain, lambda model: convpeft.merge(model, inplace=True, form="factored")),
@@ -136,3 +165,44 @@ def test_an_interrupt_leaves_one_of_the_two(verb):
 @pytest.mark.parametrize("verb", VERBS)
 def test_many_interrupts_leave_one_of_the_two(verb):
     assert "before" in assert_whole(verb, 400, *VERBS[verb])
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(400, marks=pytest.mark.nightly)])
+def test_an_interrupted_pass_leaves_the_model_routed(count):
+    """Inside the block every sample still goes through its own adapters, and after it the model is as before."""
+    model = evaluated()
+    before = look(model, X)
+
+    def run(tried: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return tried(X)
+
+    with convpeft.route(model, ["a", "b"]):
+        expected, trains = run(model), [p.requires_grad for p in model.parameters()]
+        for line in points(partial(run, model), count, "pass"):
+            where = interrupted(partial(run, model), line)
+            assert torch.equal(run(model), expected), where
+            assert [p.requires_grad for p in model.parameters()] == trains, where
+    assert not differences(before, look(model, X))
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(400, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("names", ["a", None, ["a", "b"]], ids=str)
+def test_an_interrupted_enter_is_outside_and_an_interrupted_leave_too(names, count):
+    model = adapted()
+    before = look(model, X)
+    block = convpeft.route if isinstance(names, list) else convpeft.using
+    for line in points(lambda: block(copy.deepcopy(model), names).__enter__(), count, "enter"):
+        context = block(model, names)
+        where = interrupted(context.__enter__, line)
+        if where:
+            assert not differences(before, look(model, X)), where
+        else:
+            context.__exit__(None, None, None)
+    context = block(model, names)
+    context.__enter__()
+    for line in points(lambda: context.__exit__(None, None, None), count, "leave"):
+        context = block(model, names)
+        context.__enter__()
+        where = interrupted(lambda: context.__exit__(None, None, None), line)  # noqa: B023
+        assert not differences(before, look(model, X)), where

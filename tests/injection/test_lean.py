@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import convpeft
-from convpeft.adapters import Lora
+from convpeft.injection import install
 from tests.cases import assert_relative, bits, same_bits
 from tests.lean import LATE, LORA, adapted, gradients, images, net
 from tests.saved import kept
