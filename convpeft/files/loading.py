@@ -22,6 +22,7 @@ from ..hosts.modules import base_modules, unique_modules
 from ..hosts.records import AdapterRecord
 from ..hosts.slots import BASE, base_class
 from ..hosts.trainers import guard_trainers
+from ..hosts.transaction import with_normal_tensors
 from ..hosts.unfrozen import tensors_of
 from ..hosts.wrappers import refuse_parallel
 from ..injection.install import Built, build, check_name, install
@@ -36,6 +37,7 @@ from .reading import DTYPES, OpenFile, opened
 _MOST_NAMED = 12  # problems in one error
 
 
+@with_normal_tensors
 def load_adapter(
     model: nn.Module,
     path: str | Path,

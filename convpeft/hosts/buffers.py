@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .journal import Journal
 from .kept import (
     Kept,
     Names,
@@ -36,10 +37,25 @@ from .kept import (
 from .slots import BASE, KEPT, SLOT, STASH, base_class, slots_of
 
 
-def remember(modules: Iterable[nn.Module], phase: Phase) -> None:
+def note_buffers(root: nn.Module, phase: Phase, journal: Journal) -> None:
+    """Note in the journal all that showing others' buffers, or dropping them, would change."""
+    journal.keep(phase)
+    for module in users_modules(root):
+        kept = kept_of(module)
+        if kept is not None:
+            journal.keep(module)
+            journal.keep(kept)
+
+
+def remember(modules: Iterable[nn.Module], phase: Phase, journal: Journal) -> None:
     """Let each of the user's modules that has buffers, or may make some, remember those of the base, in place.
 
     What a module remembers already stays. Classes of torch make no buffers later and keep nothing beside them.
+
+    Args:
+        modules: of the model.
+        phase: of the model.
+        journal: takes what is changed.
     """
     copies: dict[int, Tensor] = {}  # a buffer that two modules share stays one
     with torch.inference_mode(False), torch.no_grad():
@@ -58,6 +74,7 @@ def remember(modules: Iterable[nn.Module], phase: Phase) -> None:
                     copies[id(tensor)] = tensor.clone()
                 base[name] = None if tensor is None else copies[id(tensor)]
             hidden = frozenset(module._non_persistent_buffers_set)
+            journal.keep(module, KEPT, "_state_dict_hooks", "_load_state_dict_pre_hooks")
             if is_torchs:
                 module.__dict__[KEPT] = Kept(phase, Values(base, hidden))
             else:
@@ -167,10 +184,11 @@ def own_buffers(root: nn.Module, name: str) -> Iterator[tuple[nn.Module, dict[st
             yield module, tensors
 
 
-def give(module: nn.Module, name: str, buffers: dict[str, Tensor]) -> None:
+def give(module: nn.Module, name: str, buffers: dict[str, Tensor], journal: Journal) -> None:
     """Let an adapter have its own buffers of a module, in place; they are not shown yet."""
     kept = kept_of(module)
     if kept is not None:
+        journal.keep(kept)
         kept.own[name] = Values(dict(buffers), kept.base.hidden)
         kept.phase.own = True
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .records import Names, Phase
+from .records import Phase
 from .slots import BASE, KEPT, SLOT, Slots, slots_of
 
 _TORCH = frozenset(vars(nn.Module()))  # attributes that every module has

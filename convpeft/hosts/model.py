@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from ..adapters.base import Adapter
 from ..errors import StateError, UnknownAdapter, closest, shortened
+from .journal import Journal
 from .modules import base_modules
-from .records import AdapterRecord, ModelState
+from .records import ATTRIBUTE, AdapterRecord, ModelState
 from .slots import BASE, Slots, Swapped, base_class, slots_of
 from .swap import check_restorable, restore
+from .trained import train_only
+from .transaction import settle
 from .unfrozen import remove_owner, tensors_of
 from .wrappers import inside
-
-ATTRIBUTE = "_convpeft_state"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -95,14 +96,22 @@ class AdaptedModel:
         """Return the handle of a model, or None when nothing is injected.
 
         Raises:
-            StateError: if it is a part of a model with adapters, or two parts of it have adapters of their own.
+            StateError: if it is a part of a model with adapters, or two parts of it have adapters of their own; if another
+                thread is changing the model's adapters.
         """
         root = unwrapped(model)
         state = root.__dict__.get(ATTRIBUTE)
+        if state is not None and state.journal is not None:
+            settle(root, state)
+            state = root.__dict__.get(ATTRIBUTE)
         if state is None:
             refuse_part(root)
             return None
-        return cls(root, state)
+        found = cls(root, state)
+        if state.trains_outside is not None and state.routed is None:  # a copy that was made inside route
+            train_only(found, state.trains_outside, Journal())
+            state.trains_outside = None
+        return found
 
     @classmethod
     def of(cls, model: nn.Module) -> AdaptedModel:
@@ -205,7 +214,10 @@ class AdaptedModel:
             self.slots(name)
 
     def require_unrouted(self) -> None:
-        """Raise a StateError inside ``route``, where each sample has adapters of its own; else do nothing."""
+        """Raise a StateError inside ``route``, or inside a block of another thread; else do nothing."""
+        for block in self.state.blocks:
+            if block.is_elsewhere:
+                raise block.refusal(self.root)
         if self.state.routed is not None:
             raise StateError("the model is inside convpeft.route(...): leave that block before you change its adapters")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Names = tuple[str, ...]
+ATTRIBUTE = "_convpeft_state"  # of the root, where its ModelState is
 
 
 @dataclass
@@ -76,8 +77,10 @@ class ModelState:
         norms: names of all BatchNorm-like modules.
         held: whether these are held in eval mode now; None before the first switch.
         routed: names of the adapters that samples go through inside ``route``; else None.
-        resting: how many blocks of ``using`` are open: inside one, nothing has to train.
         phase: whether anything trained since the last switch.
+        blocks: the ``with`` blocks that the model is in, the innermost last. A copy is in none.
+        journal: of the change that is being made; else None.
+        trains_outside: the names that train again after ``route``, inside it and in copies made there; else None.
     """
 
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
@@ -88,8 +91,19 @@ class ModelState:
     norms: list[str] = field(default_factory=list)
     held: bool | None = None
     routed: tuple[str, ...] | None = None
-    resting: int = 0
     phase: Phase = field(default_factory=Phase)
+    blocks: tuple[Any, ...] = ()
+    journal: Any = None
+    trains_outside: tuple[str, ...] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle takes along: it is outside of every block."""
+        return {**self.__dict__, "routed": None, "blocks": (), "journal": None}
+
+    @property
+    def resting(self) -> bool:
+        """Whether a block of ``using`` is open: inside one, nothing has to train."""
+        return any(block.rests for block in self.blocks)
 
     @property
     def running(self) -> tuple[str, ...]:

@@ -51,7 +51,8 @@ class Slots(nn.ModuleDict):
         followers: the owners whose values began as copies of the base's; each follows the base until it is trained.
         held: this norm stays in eval mode, whatever ``train()`` says.
         lean: save for backward only what a frozen layer's gradients need.
-        router: sends the samples of a batch through their adapters, inside ``convpeft.route``; else None.
+        router: runs the layer in place of its own forward: inside ``convpeft.route`` or ``using``, and during a change;
+            else None. A copy has none.
         wanted_training: the mode last asked for while held.
         loading: a state_dict is being loaded into the module.
         state: the records of the model, which say what trains; None before an install is done.
@@ -83,6 +84,10 @@ class Slots(nn.ModuleDict):
             self._modules[name] = value
         else:
             object.__setattr__(self, name, value)  # Module would refuse an attribute with the name of an adapter
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle takes along."""
+        return {**self.__dict__, "router": None}
 
     def adapters(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the adapters by name."""

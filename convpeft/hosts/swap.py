@@ -329,11 +329,14 @@ def wants_training(module: nn.Module) -> bool:
 def hold(module: nn.Module, held: bool) -> None:
     """Keep a norm in eval mode from now on, or let it follow ``train()`` again, in place."""
     slots = adapt(module)
-    if held and not slots.held:
-        slots.wanted_training = module.training
-    if held or slots.held:
-        module.training = slots.wanted_training and not held
-    slots.held = held
+    if held:  # in this order each line may be interrupted, and all of them run again
+        if not slots.held:
+            slots.wanted_training = module.training
+        slots.held = True
+        module.__dict__["training"] = False
+    elif slots.held:
+        module.__dict__["training"] = slots.wanted_training
+        slots.held = False
 
 
 def _unpickled(base: Any) -> nn.Module:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..errors import StateError, shortened
 from .buffers import saved_buffers
-from .slots import BASE, STASH, StoredTensors, base_class, slots_of
+from .journal import Journal
+from .slots import BASE, STASH, Slots, StoredTensors, base_class, slots_of
 
 _UNDO = "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations, remove_weight_norm)"
 Owners = Mapping[str, tuple[nn.Module, str | None]]  # by module name: the module, and whose values it is to show
@@ -30,11 +31,25 @@ def tensors_of(module: nn.Module, owner: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def swap_in(module: nn.Module, owner: str | None) -> None:
-    """Exchange the module's tensors by reference so that it shows ``owner``'s values (None: the base's), in place."""
+def swap_in(module: nn.Module, owner: str | None, journal: Journal | None = None) -> None:
+    """Exchange the module's tensors by reference so that it shows ``owner``'s values (None: the base's), in place.
+
+    All of them or none: what is displaced is noted in the journal, or, without one, put back if anything is raised.
+    """
     slots = slots_of(module)
     if slots is None or slots.shown == owner:
         return
+    notes = Journal() if journal is None else journal
+    try:
+        notes.keep_tensors(module, slots)
+        _show(module, slots, owner)
+    except BaseException:
+        if journal is None:
+            notes.undo()
+        raise
+
+
+def _show(module: nn.Module, slots: Slots, owner: str | None) -> None:
     if slots.shown is not None:
         _exchange(module, slots.stored(BASE), slots.stored(slots.shown))
         del slots._modules[STASH]._modules[BASE]  # type: ignore[union-attr]
@@ -67,7 +82,8 @@ def _exchange(module: nn.Module, source: StoredTensors, target: StoredTensors) -
         incoming, place, outgoing = getattr(source, kind), getattr(module, kind), getattr(target, kind)
         for name in list(incoming):
             outgoing[name] = place[name]
-            place[name] = incoming.pop(name)
+            place[name] = incoming[name]
+            del incoming[name]
 
 
 def check_exchange(root: nn.Module, owners: Owners) -> None:

@@ -8,19 +8,23 @@ import torch
 from torch import nn
 
 from ..convolution.precision import floating_dtype
-from ..hosts.buffers import drop, forget, put_away
+from ..hosts.buffers import drop, forget, note_buffers, put_away
+from ..hosts.journal import Journal, named_parameters
 from ..hosts.model import ATTRIBUTE, AdaptedModel, whole
-from ..hosts.modules import base_modules, named_parameters
+from ..hosts.modules import base_modules
 from ..hosts.records import AdapterRecord
+from ..hosts.trained import train_only
 from ..hosts.trainers import guard_trainers
+from ..hosts.transaction import change, with_normal_tensors
 from ..hosts.wrappers import refuse_parallel
 from ..planning.plan import Plan
 from ..planning.planner import make_plan
 from ..planning.spec import SpecLike, as_spec
 from .install import build, check_name, install
-from .switching import switch, train_only
+from .switching import Switch, switch
 
 
+@with_normal_tensors
 def inject(
     model: nn.Module,
     spec: SpecLike,
@@ -47,7 +51,8 @@ def inject(
 
     Raises:
         SpecError: all problems of the spec at once; or a dtype that adapters cannot have.
-        StateError: if the name is taken or unusable, or the model is a part of one that has adapters, or has such a part.
+        StateError: if the name is taken or unusable, or the model is a part of one that has adapters, or has such a part;
+            while another thread runs the model.
         HostError: if a module does not allow its class to be extended, or DDP or FSDP wraps the model already.
 
     Example:
@@ -77,6 +82,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
 
     Raises:
         UnknownAdapter: if no adapter has that name.
+        StateError: inside ``route``; while another thread runs the model, or has a ``with`` block of convpeft open.
     """
     adapted = AdaptedModel.find(model)
     if adapted is None:
@@ -88,22 +94,37 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     for each in names:
         adapted.record(each)
     adapted.require_unrouted()
-    if len(names) == len(state.adapters):
+    is_last = len(names) == len(state.adapters)
+    if is_last:
         adapted.check_restorable()
-    switch(adapted, tuple(active for active in state.active if active not in names))
-    for each in names:
-        adapted.take_out(each, adapted.touched([each]))
-        drop(adapted.root, each)
-        del state.adapters[each]
-    if state.adapters:
-        train_only(adapted, state.active)
-        return model
+    planned = Switch.to(adapted, tuple(active for active in state.active if active not in names))
+
+    def work(journal: Journal) -> None:
+        journal.keep(state)
+        for key in state.swapped if is_last else adapted.touched(names):
+            journal.keep_module(adapted.module(key))
+        note_buffers(adapted.root, state.phase, journal)
+        switch(planned, journal)
+        for each in names:
+            adapted.take_out(each, adapted.touched([each]))
+            drop(adapted.root, each)
+            del state.adapters[each]
+        if is_last:
+            _give_back(adapted, journal)
+        else:
+            train_only(adapted, state.active, journal)
+
+    change(adapted.root, state, work, [adapted.slots(key) for key in state.swapped])
+    return model
+
+
+def _give_back(adapted: AdaptedModel, journal: Journal) -> None:
+    """Give all modules their classes and buffers back, and all parameters their ``requires_grad``, in place."""
+    state = adapted.state
     put_away(adapted.root, state.phase, held=True)
     forget(adapted.root)
     adapted.restore(list(state.swapped))
     del adapted.root.__dict__[ATTRIBUTE]
-    parameters = named_parameters(adapted.root)
-    for key, flag in state.requires_grad.items():
-        if key in parameters:
-            parameters[key].requires_grad_(flag)
-    return model
+    for key, parameter in named_parameters(adapted.root):
+        if key in state.requires_grad:
+            journal.require_grad(parameter, state.requires_grad[key])

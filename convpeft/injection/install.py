@@ -11,16 +11,19 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..adapters.registry import make_adapter
 from ..errors import HostError, StateError
-from ..hosts.buffers import adopt, drop, forget, give, put_away, remember
+from ..hosts.buffers import adopt, give, remember
 from ..hosts.guards import can_be_lean, fusing_methods, swap_refusal
-from ..hosts.model import ATTRIBUTE, AdaptedModel
-from ..hosts.modules import device_and_dtype, is_batchnorm_like, is_within, named_parameters, unique_modules
-from ..hosts.records import AdapterRecord, ModelState, Phase
-from ..hosts.slots import BASE, StoredTensors, base_class, slots_of
-from ..hosts.swap import adapt, can_be_kept_training, restore, wants_training
-from ..hosts.unfrozen import remove_owner, tensors_of
+from ..hosts.journal import Journal, all_parameters, named_parameters
+from ..hosts.model import AdaptedModel
+from ..hosts.modules import device_and_dtype, is_batchnorm_like, is_within, unique_modules
+from ..hosts.records import AdapterRecord, ModelState
+from ..hosts.slots import BASE, StoredTensors, base_class
+from ..hosts.swap import adapt, can_be_kept_training, wants_training
+from ..hosts.trained import train_only
+from ..hosts.transaction import change
+from ..hosts.unfrozen import tensors_of
 from ..planning.plan import PlannedLayer
-from .switching import note_training, switch, train_only
+from .switching import Switch, note_training, switch
 
 _FORBIDDEN = set("./\\ \t\n")
 
@@ -98,16 +101,14 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
     """Put built parts into the model under ``name`` and make it the active adapter, in place, or change nothing.
 
     Raises:
-        StateError: if the model is part of one that has adapters, or is routed.
+        StateError: if the model is part of one that has adapters, or is routed, or another thread runs it.
         HostError: if a module does not allow its class to be swapped.
     """
     model = AdaptedModel.find(root)
     modules = unique_modules(root)
-    before = Rollback(root, model, modules)
     if model is None:
-        flags = {key: p.requires_grad for key, p in named_parameters(root).items()}
         norms = [key for key, module in modules if is_batchnorm_like(module)]
-        model = AdaptedModel(root, ModelState(requires_grad=flags, norms=norms))
+        model = AdaptedModel(root, ModelState(requires_grad=_flags(root), norms=norms))
     state = model.state
     model.require_unrouted()
     wanted = {key: model.module(key) for key in _to_swap(modules, state, record, lean)}
@@ -116,31 +117,38 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
         if refusal:
             raise HostError(f"{key or '(root)'} ({base_class(module).__name__}): {refusal}")
     model.require_hosts()
-    try:
-        remember([module for _, module in modules], state.phase)
-        present = set(state.swapped)
-        for key, module in wanted.items():
+    present = list(state.swapped)
+
+    def work(journal: Journal) -> None:
+        journal.keep(state)
+        journal.keep(state.phase)
+        for key in dict.fromkeys([*present, *wanted]):
+            journal.keep_module(model.module(key))
+        remember([module for _, module in modules], state.phase, journal)
+        for module in wanted.values():
             adapt(module)
-            if key not in present:
-                state.swapped.append(key)
+        state.swapped += [key for key in wanted if key not in set(present)]
         for key, adapter in built.adapters.items():
             model.slots(key).put(name, adapter, record.layers[key].output)
         for key, tensors in built.tensors.items():
             model.slots(key).put_owner(name, tensors)
         for key, buffers in built.buffers.items():
-            give(model.module(key), name, buffers)
+            give(model.module(key), name, buffers, journal)
         for key in state.swapped:
             slots = model.slots(key)
             slots.lean, slots.state, slots.key, slots.phase = lean, state, key, state.phase
         state.adapters[name] = record
-        root.__dict__[ATTRIBUTE] = state
-        for parameter in root.parameters():
-            parameter.requires_grad_(False)
-        switch(model, (name,))
-        train_only(model, state.active)
-    except BaseException:
-        before.give_back(name)
-        raise
+        for parameter in all_parameters(root):
+            journal.require_grad(parameter, False)
+        switch(Switch.to(model, (name,)), journal)
+        train_only(model, (name,), journal)
+
+    change(root, state, work, [model.slots(key) for key in present])
+
+
+def _flags(root: nn.Module) -> dict[str, bool]:
+    """Return whether each parameter requires a gradient, by each of its names."""
+    return {key: parameter.requires_grad for key, parameter in named_parameters(root)}
 
 
 def _to_swap(
@@ -160,43 +168,3 @@ def _to_swap(
         if can_be_kept_training(module) and any(is_within(each, key) for each in (*record.layers, *record.owned)):
             wanted[key] = None
     return wanted
-
-
-class Rollback:
-    """What an install that fails half-way has to give back."""
-
-    def __init__(self, root: nn.Module, model: AdaptedModel | None, modules: Sequence[tuple[str, nn.Module]]) -> None:
-        self.root, self.model = root, model
-        self.active, self.trained = ((), ()) if model is None else (model.state.active, model.state.trained)
-        self.requires_grad = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
-        slots = {id(module): slots_of(module) for _, module in modules}
-        self.lean = {key: each.lean for key, each in slots.items() if each is not None}
-
-    def give_back(self, name: str) -> None:
-        """Take the adapter ``name`` out again, in place, and leave everything else as it was before the install."""
-        if self.model is not None:
-            self.model.state.held = None  # whatever was held or let go in between
-            switch(self.model, self.active)
-            drop(self.root, name)
-        else:
-            put_away(self.root, Phase(own=True))
-            forget(self.root)
-        for key, module in unique_modules(self.root):
-            slots = slots_of(module)
-            if slots is None:
-                continue
-            slots.take_out(name)
-            remove_owner(module, name)
-            if id(module) in self.lean:
-                slots.lean = self.lean[id(module)]
-            else:
-                restore(module)
-                if self.model is not None and key in self.model.state.swapped:
-                    self.model.state.swapped.remove(key)
-        if self.model is None:
-            self.root.__dict__.pop(ATTRIBUTE, None)
-        else:
-            self.model.state.adapters.pop(name, None)
-            self.model.state.trained = self.trained
-        for parameter, flag in self.requires_grad:
-            parameter.requires_grad_(flag)

@@ -5,14 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..errors import AdapterConflict, StateError
-from ..hosts.buffers import bring_out, put_away, weights_stamp
+from ..hosts.buffers import bring_out, note_buffers, put_away, weights_stamp
+from ..hosts.journal import Journal
 from ..hosts.model import AdaptedModel
+from ..hosts.records import ModelState
+from ..hosts.slots import Slots
 from ..hosts.swap import hold
+from ..hosts.threads import Block
+from ..hosts.trained import train_only
+from ..hosts.transaction import change
 from ..hosts.unfrozen import check_exchange, swap_in
 
 Names = tuple[str, ...]
@@ -21,17 +28,25 @@ Names = tuple[str, ...]
 def set_active(model: nn.Module, names: str | Iterable[str] | None) -> None:
     """Choose the adapters that take part from now on, in place: one, several (their sum), or None (the bare base).
 
-    Tensors are exchanged by reference: nothing is copied. The active adapters are the ones that train.
+    Tensors are exchanged by reference: nothing is copied. The active adapters are the ones that train. If anything is
+    raised, an interrupt included, the model is as it was.
 
     Raises:
         UnknownAdapter: if a name is not in the model.
         AdapterConflict: if two of them bring their own values of the same tensors.
-        StateError: inside ``route``.
+        StateError: inside ``route``; while another thread runs the model, or has a ``with`` block of convpeft open.
     """
     adapted = AdaptedModel.of(model)
     adapted.require_unrouted()
-    switch(adapted, names_of(adapted, names))
-    train_only(adapted, adapted.state.active)
+    wanted = names_of(adapted, names)
+    planned = Switch.to(adapted, wanted)
+
+    def work(journal: Journal) -> None:
+        switch(planned, journal)
+        train_only(adapted, wanted, journal)
+
+    change(adapted.root, adapted.state, work, planned.slots)
+    _forget_compiled()
 
 
 def active_adapters(model: nn.Module) -> Names:
@@ -44,24 +59,75 @@ def active_adapters(model: nn.Module) -> Names:
 def using(model: nn.Module, names: str | Iterable[str] | None) -> Iterator[nn.Module]:
     """Switch to other adapters inside a ``with`` block, and back at its end.
 
+    The block belongs to the thread that entered it: a pass of another thread is refused meanwhile.
+
     Raises:
-        UnknownAdapter, AdapterConflict: as ``set_active`` does.
+        UnknownAdapter, AdapterConflict, StateError: as ``set_active`` does.
     """
     adapted = AdaptedModel.of(model)
     adapted.require_unrouted()
-    state = adapted.state
-    before, trained = state.active, state.trained
-    switch(adapted, names_of(adapted, names))
-    state.resting += 1
+    wanted = names_of(adapted, names)
+    block = _Using(adapted)
     try:
-        yield model
-    finally:
-        state.resting -= 1
-        now = AdaptedModel.find(adapted.root)
-        if now is not None and now.state is state:  # else all was ejected inside
-            switch(now, tuple(name for name in before if name in state.adapters))
-            if state.trained != trained:  # somebody switched inside for good, as they thought
-                train_only(now, trained)
+        try:
+            block.enter(wanted)
+            yield model
+        finally:
+            block.leave()
+    finally:  # an interrupt may have come before the line above
+        block.leave()
+
+
+class _Using(Block):
+    """The block of ``using``: what is active in it, and what is active and trains after it."""
+
+    rests = True
+
+    def __init__(self, adapted: AdaptedModel) -> None:
+        super().__init__("is inside convpeft.using(...) or convpeft.disabled(...)", [])
+        self.root, self.state = adapted.root, adapted.state
+        self.before, self.trained = self.state.active, self.state.trained
+
+    def enter(self, names: Names) -> None:
+        """Switch, in place, and note the block in the state; both or neither."""
+        adapted = AdaptedModel(self.root, self.state)
+        planned = Switch.to(adapted, names)
+        self.slots = planned.slots
+
+        def work(journal: Journal) -> None:
+            switch(planned, journal)
+            enter_block(self.state, self, journal)
+
+        change(self.root, self.state, work, planned.slots)
+        _forget_compiled()
+
+    def leave(self) -> None:
+        """Switch back, in place; nothing happens if the block was not entered, or was left, or all was ejected inside."""
+        adapted = AdaptedModel.find(self.root)
+        if adapted is None or adapted.state is not self.state or self not in self.state.blocks:
+            return
+        planned = Switch.to(adapted, tuple(name for name in self.before if name in self.state.adapters))
+
+        def work(journal: Journal) -> None:
+            switch(planned, journal)
+            if self.state.trained != self.trained:  # somebody switched inside for good, as they thought
+                train_only(adapted, self.trained, journal)
+            leave_block(self.state, self, journal)
+
+        change(self.root, self.state, work, [*self.slots, *planned.slots], alone=False)
+        _forget_compiled()
+
+
+def enter_block(state: ModelState, block: Block, journal: Journal) -> None:
+    """Note a block as the innermost one, in place."""
+    journal.keep(state, "blocks")
+    state.blocks = (*state.blocks, block)
+
+
+def leave_block(state: ModelState, block: Block, journal: Journal) -> None:
+    """Forget a block, in place."""
+    journal.keep(state, "blocks")
+    state.blocks = tuple(each for each in state.blocks if each is not block)
 
 
 def disabled(model: nn.Module) -> Any:
@@ -99,25 +165,70 @@ def holds_norms(adapted: AdaptedModel, names: Names) -> bool:
     return not any(adapted.record(name).norm == "adapt" for name in names)
 
 
-def switch(adapted: AdaptedModel, names: Names) -> None:
-    """Make ``names`` the active adapters, in place: which run, whose tensors are shown, which norms are held."""
-    state = adapted.state
-    owner = {key: name for name in names for key in state.adapters[name].owned}
-    held = holds_norms(adapted, names)
-    adapted.require_hosts()
-    touched = adapted.touched(dict.fromkeys([*state.active, *names]))
-    check_exchange(adapted.root, {key: (module, owner.get(key)) for key, module in touched.items()})
+@dataclass(frozen=True)
+class Switch:
+    """A switch that has been checked and not been made.
+
+    Attributes:
+        adapted: the model.
+        names: of the adapters to be active.
+        touched: by name, every module that the old or the new adapters sit on or unfroze.
+        norms: names of the norms to be held or let go.
+    """
+
+    adapted: AdaptedModel
+    names: Names
+    touched: dict[str, nn.Module]
+    norms: list[str]
+
+    @classmethod
+    def to(cls, adapted: AdaptedModel, names: Names) -> Switch:
+        """Return the switch to these adapters.
+
+        Raises:
+            StateError: if a module or a tensor that it needs is gone.
+        """
+        state = adapted.state
+        adapted.require_hosts()
+        touched = adapted.touched(dict.fromkeys([*state.active, *names]))
+        owner = owners_of(adapted, names)
+        check_exchange(adapted.root, {key: (module, owner.get(key)) for key, module in touched.items()})
+        return cls(adapted, names, touched, state.norms if holds_norms(adapted, names) != state.held else [])
+
+    @property
+    def slots(self) -> list[Slots]:
+        """The slots of all modules that it changes."""
+        return [self.adapted.slots(key) for key in dict.fromkeys([*self.touched, *self.norms])]
+
+
+def owners_of(adapted: AdaptedModel, names: Names) -> dict[str, str]:
+    """Return, by name of the module, which of the adapters brings its own values of it."""
+    return {key: name for name in names for key in adapted.state.adapters[name].owned}
+
+
+def switch(planned: Switch, journal: Journal) -> None:
+    """Make the planned adapters the active ones, in place: which run, whose tensors are shown, which norms are held."""
+    adapted, names, state = planned.adapted, planned.names, planned.adapted.state
+    owner, held = owners_of(adapted, names), holds_norms(adapted, names)
+    journal.keep(state, "active", "held")
+    journal.keep(state.phase)
     note_training(adapted)
+    if state.phase.trained or state.phase.own:
+        note_buffers(adapted.root, state.phase, journal)
     moved = put_away(adapted.root, state.phase)
-    for key, module in touched.items():
-        adapted.slots(key).activate(names)
-        swap_in(module, owner.get(key))
-    for key in state.norms if held != state.held else ():
-        hold(adapted.module(key), held)
+    for key, module in planned.touched.items():
+        slots = adapted.slots(key)
+        journal.keep(slots, "active")
+        slots.activate(names)
+        swap_in(module, owner.get(key), journal)
+    for key in planned.norms:
+        module = adapted.module(key)
+        journal.keep(module, "training")
+        journal.keep(adapted.slots(key), "held", "wanted_training")
+        hold(module, held)
     bring_out(moved, state.phase, names)
     state.active, state.held = names, held
     state.phase.stamp = weights_stamp(adapted.touched(names).values(), names)
-    _forget_compiled()
 
 
 def note_training(adapted: AdaptedModel) -> None:
@@ -134,20 +245,3 @@ def _forget_compiled() -> None:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and not getattr(dynamo.config, "guard_nn_modules", True):
         dynamo.reset()
-
-
-def train_only(adapted: AdaptedModel, names: Names) -> None:
-    """Let exactly the named adapters require gradients, in place: their parameters and their unfrozen tensors.
-
-    Adapters that neither were nor are to be trained are not looked at.
-    """
-    state = adapted.state
-    changed = dict.fromkeys(name for name in (*state.trained, *names) if name in state.adapters)
-    state.trained = tuple(name for name in names if name in state.adapters)
-    for name in changed:
-        for _, adapter in adapted.adapters(name):
-            adapter.requires_grad_(name in names)
-        for _, tensors in adapted.unfrozen(name):
-            for tensor in tensors.values():
-                if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
-                    tensor.requires_grad_(name in names)

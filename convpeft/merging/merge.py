@@ -14,10 +14,12 @@ from ..errors import GeometryError, MergeError, OptionError
 from ..hosts.buffers import forget, remember
 from ..hosts.chains import attach_chains, refuse_fusing, set_bias
 from ..hosts.guards import fusing_methods
+from ..hosts.journal import Journal, all_modules, all_parameters
 from ..hosts.kept import users_modules
 from ..hosts.model import ATTRIBUTE, AdaptedModel
 from ..hosts.modules import base_modules, deep_copy, device_and_dtype, is_sequence, named_parameters
 from ..hosts.slots import SLOT
+from ..hosts.transaction import change, with_normal_tensors
 from ..hosts.unfrozen import keep_shown
 from .forms import Job, Merged, solve
 from .plan import FORMS, MergePlan, MergeRow
@@ -44,6 +46,7 @@ def plan_merge(model: nn.Module, *, form: str = "auto", example_inputs: Any = No
     return MergePlan(tuple(rows), adapted.state.active)
 
 
+@with_normal_tensors
 def merge(
     model: nn.Module, *, form: str = "auto", inplace: bool = False, strict: bool = True, example_inputs: Any = None
 ) -> nn.Module:
@@ -64,7 +67,7 @@ def merge(
 
     Raises:
         MergeError: naming every layer that cannot merge, with its reason; the model is as it was.
-        StateError: if nothing is injected (a merged model has no adapters left).
+        StateError: if nothing is injected (a merged model has no adapters left); in place, while another thread runs it.
     """
     adapted = AdaptedModel.of(model)
     adapted.require_unrouted()
@@ -89,11 +92,21 @@ def _merged(model: nn.Module, form: str, strict: bool, past: Mapping[str, str]) 
             "merge(model, strict=False) merges the others and keeps these adapted.",
             reasons,
         )
-    _drop_adapters(adapted, set(reasons))
-    for part in parts:
-        if part.merged.form != "kept":
-            _write(part)
-    refuse_fusing(model)
+
+    def work(journal: Journal) -> None:
+        for module in all_modules(model).values():
+            journal.keep_module(module, whole=True)
+        for each in (adapted.state, adapted.state.phase, *adapted.state.adapters.values()):
+            journal.keep(each)
+        for parameter in all_parameters(model):
+            journal.keep_flag(parameter)
+        _drop_adapters(adapted, set(reasons), journal)
+        for part in parts:
+            if part.merged.form != "kept":
+                _write(part)
+        refuse_fusing(model)
+
+    change(adapted.root, adapted.state, work, [adapted.slots(key) for key in adapted.state.swapped])
     return model
 
 
@@ -194,7 +207,7 @@ def _cast(job: Job, layer: nn.Module | None, chains: list[nn.Sequential], root: 
         raise MergeError(f"its merged weights overflow {dtype}")
 
 
-def _drop_adapters(adapted: AdaptedModel, kept: set[str]) -> None:
+def _drop_adapters(adapted: AdaptedModel, kept: set[str], journal: Journal) -> None:
     """Take all adapters out but those on ``kept`` layers, in place; what the active ones unfroze becomes the base's own."""
     state = adapted.state
     for name, record in state.adapters.items():
@@ -218,7 +231,7 @@ def _drop_adapters(adapted: AdaptedModel, kept: set[str]) -> None:
             del state.adapters[name]
     state.active = tuple(name for name in state.active if name in state.adapters)
     state.phase.active = state.active
-    remember(users_modules(adapted.root), state.phase)
+    remember(users_modules(adapted.root), state.phase, journal)
     adapted.restore([key for key in state.swapped if _is_bare(adapted, key)])
 
 

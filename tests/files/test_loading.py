@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import convpeft
-from convpeft.adapters import Adapter
+from convpeft.injection import install
 from tests.adapter_files import SPEC, assert_refused, base, condition, forged, parts, picture, trained
 from tests.cases import bits, same_bits
 
@@ -148,7 +148,7 @@ def test_a_failure_in_the_last_step_gives_everything_back(original, monkeypatch)
     for model in (base(), trained(base(), {"rules": [{"match": "stem", "kind": "lora", "rank": 1}]}, "first")):
         before = condition(model)
         with monkeypatch.context() as patch:
-            patch.setattr(Adapter, "requires_grad_", fail)
+            patch.setattr(install, "train_only", fail)
             with pytest.raises(KeyboardInterrupt):
                 convpeft.load_adapter(model, original)
         assert condition(model) == before

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import convpeft
-from convpeft.adapters import Lora
+from convpeft.injection import install
 from tests.cases import assert_relative, bits, same_bits
 from tests.lean import LATE, LORA, adapted, gradients, images, net
 from tests.saved import kept
@@ -128,7 +128,7 @@ def test_off_means_that_no_other_layer_is_touched():
 
 def test_a_failed_inject_leaves_it_on(monkeypatch):
     model = adapted(LATE)
-    monkeypatch.setattr(Lora, "requires_grad_", lambda *_: 1 / 0)  # the last step
+    monkeypatch.setattr(install, "train_only", lambda *_: 1 / 0)  # the last step
     with pytest.raises(ZeroDivisionError):
         convpeft.inject(model, LATE, name="second", lean=False)
     assert all(module.convpeft.lean for module in model.modules() if "convpeft" in module._modules)
