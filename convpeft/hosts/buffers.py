@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from .journal import Journal
 from .kept import (
     Kept,
-    Names,
-    Phase,
     Values,
     as_here,
     attributes_of,
@@ -34,6 +32,7 @@ from .kept import (
     same_bits,
     users_modules,
 )
+from .records import Names, Phase
 from .slots import BASE, KEPT, SLOT, STASH, base_class, slots_of
 
 

@@ -257,7 +257,7 @@ def can_be_kept_training(module: nn.Module) -> bool:
     if not overrides_train(module) or swap_refusal(module) is not None:
         return False
     try:
-        adapted_class(base_class(module))
+        adapted_class(base_class(module))  # type: ignore[arg-type]
     except TypeError:
         return False
     return True
