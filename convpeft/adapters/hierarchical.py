@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..convolution.nodes import is_exporting
 from .base import Adapter, Site
 from .branches import zeroed
 from .layers import Affine, Filter, Standardize
@@ -181,7 +182,8 @@ class Hierarchical(Adapter):
         """Return the update, shaped like ``z``."""
         hidden = F.gelu(self.down(z))
         hidden = hidden + self.conv(hidden)
-        if self.options.recompute and torch.is_grad_enabled() and hidden.requires_grad:
+        recompute = self.options.recompute and torch.is_grad_enabled() and hidden.requires_grad
+        if recompute and not is_exporting():
             hidden = checkpoint(self._tokens, hidden, use_reentrant=False, preserve_rng_state=False)
         else:
             hidden = self._tokens(hidden)
