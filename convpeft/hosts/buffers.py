@@ -116,17 +116,26 @@ def put_away(root: nn.Module, phase: Phase, *, held: bool = False) -> list[nn.Mo
         kept = kept_of(module)
         if kept is None or not (kept.base.buffers or module._buffers or kept.own):
             continue
-        if kept.shown is not None or (held if is_held(module) else phase.trained):
-            moved, owner = moved_in(module, kept), owner_of(kept)
-            if owner is not None and (moved or kept.shown == owner):
-                kept.own[owner] = moved or Values()
-            if moved:
-                put_in(module, kept.base, moved.buffers, copies)
-            kept.shown = None
+        if kept.shown is not None or kept.between or (held if is_held(module) else phase.trained):
+            _put_away(module, kept, copies)
         if kept.own:
             owned.append(module)
     phase.trained = trains
     return owned
+
+
+def _put_away(module: nn.Module, kept: Kept, copies: dict[int, Tensor]) -> None:
+    """Put the base's buffers back into one module, in place; if that is interrupted, it can be done again."""
+    moved = kept.own.get(kept.shown or "") if kept.between else None
+    if moved is None:
+        moved, owner = moved_in(module, kept), owner_of(kept)
+        if owner is not None and (moved or kept.shown == owner):
+            kept.own[owner] = moved or Values()
+            kept.shown, kept.phase.own = owner, True
+    kept.between = True
+    if moved is not None:
+        put_in(module, kept.base, free_names(module, kept, moved.buffers), copies)
+    kept.shown, kept.between = None, False
 
 
 def bring_out(modules: list[nn.Module], phase: Phase, names: Names) -> None:
@@ -144,8 +153,9 @@ def bring_out(modules: list[nn.Module], phase: Phase, names: Names) -> None:
         owner = next((name for name in names if name in kept.own), None) if kept is not None else None
         if kept is not None and owner is not None:
             values = kept.own[owner]
+            kept.between, kept.shown = True, owner
             put_in(module, values, free_names(module, kept, values.buffers), None)
-            kept.shown = owner
+            kept.between = False
     phase.active, phase.own = names, bool(modules)
 
 

@@ -43,6 +43,7 @@ class Kept:
         base: all buffers of the base, as copies that nobody writes into.
         own: by adapter, those that became others while it was active.
         shown: the adapter whose own are in the module now, or None.
+        between: its buffers are being exchanged, or an exchange was interrupted: ``own`` is right, the module is not.
         built: what the module was made of; one that was rebuilt since keeps what it was given.
     """
 
@@ -50,6 +51,7 @@ class Kept:
     base: Values
     own: dict[str, Values] = field(default_factory=dict)
     shown: str | None = None
+    between: bool = False
     built: tuple[Any, ...] = ()
 
 
@@ -215,7 +217,7 @@ def copied(tensor: Tensor) -> Tensor:
 def as_here(value: Tensor, like: Tensor) -> Tensor:
     """Return a value on the device of another and, if both are floating, in its dtype: the model was converted."""
     if value.is_meta or like.is_meta:
-        return like if value.is_meta else value
+        return copied(like) if value.is_meta else value
     floating = value.is_floating_point() and like.is_floating_point()
     return value.to(like.device, like.dtype if floating else value.dtype)
 

@@ -14,6 +14,7 @@ from torch.ao.quantization import FakeQuantize
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import convpeft
+from convpeft.hosts import buffers, kept
 from tests.cases import bits, same_bits
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -578,6 +579,34 @@ class TestCheckpoints:
             for name, want in ((active, a if active == "a" else b), ("b", b), (None, base), ("a", a)):
                 convpeft.set_active(other, name)
                 assert torch.equal(other(X), want), (active, name)
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_switch_that_was_interrupted_can_be_done_again(at, monkeypatch):
+    model = net(lambda: nn.Sequential(Centre(), Codebook(), Initialised()))
+    base = copy.deepcopy(model)(X)
+    outputs = {None: base}
+    for name in ("a", "b"):
+        convpeft.inject(model, LORA, name=name)
+        outputs[name] = train(model)(X)
+    own, calls = kept.put_in, []
+
+    def interrupted(module, values, names, copies):
+        calls.append(module)
+        if len(calls) == at + 1:
+            own(module, values, names[:1], copies)
+            raise KeyboardInterrupt
+        own(module, values, names, copies)
+
+    monkeypatch.setattr(buffers, "put_in", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convpeft.set_active(model, "a")
+    monkeypatch.undo()
+    for name in ("b", "a", None, "b"):
+        convpeft.set_active(model, name)
+        assert torch.equal(model(X), outputs[name])
+    convpeft.eject(model)
+    assert torch.equal(model(X), base)
 
 
 def test_a_failed_inject_leaves_no_trace():
