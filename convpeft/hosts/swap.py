@@ -27,6 +27,16 @@ from .slots import HOME, SLOT, Slots, Swapped, base_class, slots_of
 from .unfrozen import keep_shown, swap_in
 
 
+class _SlotsOf:
+    """What ``module.convpeft`` gives, also when somebody replaced the dict of the module's children."""
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        slots = self if module is None else module.__dict__.get(HOME)
+        if slots is None:
+            raise AttributeError(SLOT)
+        return slots
+
+
 class Adapted(Swapped):
     """Mixin in front of a module's own class, ``adapted_from``; see ``adapted_class``.
 
@@ -202,6 +212,8 @@ def adapted_class(base: Any) -> Any:
         mixin = _AdaptedNorm
     body: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, "adapted_from": base}
     body.update(has_own_train=overrides_train(base), __init__=_own_class_instead(base))
+    if not hasattr(base, SLOT):
+        body[SLOT] = _SlotsOf()
     body.update({method: refusing(method) for method in fusing_methods(base)})
     return type(f"Adapted{base.__name__}", (mixin, base), body)
 
@@ -245,8 +257,9 @@ def can_be_kept_training(module: nn.Module) -> bool:
     """Return whether a module has a ``train()`` of its own that might freeze what is below, and allows the class swap."""
     if not overrides_train(module) or swap_refusal(module) is not None:
         return False
+    base: Any = base_class(module)
     try:
-        adapted_class(base_class(module))
+        adapted_class(base)
     except TypeError:
         return False
     return True
