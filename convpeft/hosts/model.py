@@ -11,6 +11,7 @@ from ..adapters.base import Adapter
 from ..errors import StateError, UnknownAdapter, closest, shortened
 from .journal import Journal
 from .modules import base_modules
+from .moves import follow_moves
 from .records import ATTRIBUTE, AdapterRecord, ModelState
 from .slots import BASE, Slots, Swapped, base_class, slots_of
 from .swap import check_restorable, restore
@@ -209,9 +210,21 @@ class AdaptedModel:
         return {key: self.module(key) for record in records for key in (*record.layers, *record.owned)}
 
     def require_hosts(self) -> None:
-        """Raise a StateError that names a swapped module which is gone, or was replaced by another; else do nothing."""
-        for name in self.state.swapped:
-            self.slots(name)
+        """Raise a StateError that names a swapped module which is gone, or was replaced by another.
+
+        Modules that were only moved, by deleting from a Sequential for example, get their new names in the records.
+        """
+        if any(self._key_at(name) != name for name in self.state.swapped):
+            follow_moves(self.root, self.state)
+            self._found.clear()
+
+    def _key_at(self, name: str) -> str | None:
+        """Return under which name the module that is now called ``name`` was swapped; None if it was not."""
+        try:
+            slots = slots_of(self.module(name))
+        except StateError:
+            return None
+        return None if slots is None else slots.key
 
     def require_unrouted(self) -> None:
         """Raise a StateError inside ``route``, or inside a block of another thread; else do nothing."""

@@ -29,6 +29,16 @@ from .trainers import guard_trainers
 from .unfrozen import keep_shown, swap_in
 
 
+class _SlotsOf:
+    """What ``module.convpeft`` gives, also when somebody replaced the dict of the module's children."""
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        slots = self if module is None else module.__dict__.get(HOME)
+        if slots is None:
+            raise AttributeError(SLOT)
+        return slots
+
+
 class Adapted(Swapped):
     """Mixin in front of a module's own class, ``adapted_from``; see ``adapted_class``.
 
@@ -210,6 +220,8 @@ def adapted_class(base: Any) -> Any:
         mixin = _AdaptedNorm
     body: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, "adapted_from": base}
     body.update(has_own_train=overrides_train(base), __init__=_own_class_instead(base))
+    if not hasattr(base, SLOT):
+        body[SLOT] = _SlotsOf()
     body.update({method: refusing(method) for method in fusing_methods(base)})
     body.update(
         {method: unless_held(method) for method in RESETS if callable(getattr(base, "reset_running_stats", None))}
@@ -256,8 +268,9 @@ def can_be_kept_training(module: nn.Module) -> bool:
     """Return whether a module has a ``train()`` of its own that might freeze what is below, and allows the class swap."""
     if not overrides_train(module) or swap_refusal(module) is not None:
         return False
+    base: Any = base_class(module)
     try:
-        adapted_class(base_class(module))  # type: ignore[arg-type]
+        adapted_class(base)
     except TypeError:
         return False
     return True
