@@ -14,8 +14,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..convolution.nodes import is_convolution, is_norm, normalise
 from ..errors import HostError
+from .copies import reduced, self_copying
 from .forward import adapted_output, convolved
-from .guards import fusing_methods, refuse_another_bias, refusing
+from .guards import Guard, refuse_another_parameter, release
 from .modules import exact_copies
 from .slots import SLOT, Slots, Swapped, base_class, slots_of
 from .unfrozen import keep_shown, route_checkpoint, swap_in
@@ -56,13 +57,11 @@ class Adapted(Swapped):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        getstate = getattr(self, "__getstate__", None)
-        return _unpickled, (self.adapted_from,), self.__dict__ if getstate is None else getstate()
+        return reduced(self, self.adapted_from, _unpickled, _adapt_again, protocol)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register as usual, but refuse what fusing a norm into the layer would leave."""
-        if name == "bias" and param is not None:
-            refuse_another_bias(self, self._modules.get(SLOT))
+        refuse_another_parameter(self, self._modules.get(SLOT), name, param)
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
@@ -148,8 +147,9 @@ def adapted_class(base: Any) -> Any:
     elif is_norm(base):
         mixin = _AdaptedNorm
     body: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, "adapted_from": base}
-    body.update({method: refusing(method) for method in fusing_methods(base)})
-    return type(f"Adapted{base.__name__}", (mixin, base), body)
+    body.update(self_copying(base, _adapt_again))
+    has_children = not (is_convolution(base) or is_norm(base) or issubclass(base, nn.Linear))
+    return type(f"Adapted{base.__name__}", (mixin, Guard, base) if has_children else (mixin, base), body)
 
 
 def adapt(module: nn.Module) -> Slots:
@@ -161,6 +161,7 @@ def adapt(module: nn.Module) -> Slots:
     present = slots_of(module)
     if present is not None:
         return present
+    release(module)
     base: Any = type(module)
     slots = Slots()
     slots.wanted_training = slots.training = module.training
@@ -243,6 +244,13 @@ def hold(module: nn.Module, held: bool) -> None:
     if held or slots.held:
         module.training = slots.wanted_training and not held
     slots.held = held
+
+
+def _adapt_again(module: Any, slots: Slots | None) -> None:
+    """Give a bare copy of a swapped module the class and the child that its original has, in place."""
+    if slots is not None and slots_of(module) is None:
+        module.__class__ = adapted_class(type(module))
+        module._modules[SLOT] = slots
 
 
 def _unpickled(base: Any) -> nn.Module:

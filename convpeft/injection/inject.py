@@ -9,6 +9,7 @@ from torch import nn
 from ..hosts.model import ATTRIBUTE, AdaptedModel, unwrapped
 from ..hosts.modules import base_modules
 from ..hosts.records import AdapterRecord
+from ..hosts.transactions import protect
 from ..planning.plan import Plan
 from ..planning.planner import make_plan
 from ..planning.spec import SpecLike, as_spec
@@ -80,9 +81,11 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
         del state.adapters[each]
     if state.adapters:
         train_only(adapted, state.active)
+        protect(adapted.root)
         return model
     adapted.restore(list(state.swapped))
     del adapted.root.__dict__[ATTRIBUTE]
+    protect(adapted.root)
     parameters = dict(adapted.root.named_parameters(remove_duplicate=False))
     for key, flag in state.requires_grad.items():
         if key in parameters:

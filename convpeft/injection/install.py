@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..adapters.registry import make_adapter
 from ..errors import HostError, StateError
-from ..hosts.guards import can_be_lean, fusing_methods, swap_refusal
+from ..hosts.guards import can_be_lean, swap_refusal
 from ..hosts.model import ATTRIBUTE, AdaptedModel
-from ..hosts.modules import device_and_dtype, is_batchnorm_like, is_within, unique_modules
+from ..hosts.modules import device_and_dtype, is_batchnorm_like, unique_modules
 from ..hosts.records import AdapterRecord, ModelState
 from ..hosts.slots import BASE, StoredTensors, base_class, slots_of
 from ..hosts.swap import adapt, restore, wants_training
+from ..hosts.transactions import protect
 from ..hosts.unfrozen import remove_owner, tensors_of
 from ..planning.plan import PlannedLayer
 from .switching import switch, train_only
@@ -128,6 +129,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
             parameter.requires_grad_(False)
         switch(model, (name,))
         train_only(model, state.active)
+        protect(root)
     except BaseException:
         before.give_back(name)
         raise
@@ -138,15 +140,11 @@ def _to_swap(
 ) -> dict[str, None]:
     """Return the names of all modules whose class must be swapped, in order.
 
-    Those are hosts, unfrozen modules, norms, and parents whose methods could fuse hosts away; with ``lean``, frozen
-    layers that can save less for backward.
+    Those are hosts, unfrozen modules and norms; with ``lean``, frozen layers that can save less for backward.
     """
     wanted = dict.fromkeys([*record.layers, *record.owned, *state.norms])
     if lean:
         wanted.update({key: None for key, module in modules if can_be_lean(module)})
-    for key, module in modules:
-        if fusing_methods(module) and any(is_within(host, key) for host in record.layers):
-            wanted[key] = None
     return wanted
 
 
@@ -182,5 +180,6 @@ class Rollback:
         else:
             self.model.state.adapters.pop(name, None)
             self.model.state.trained = self.trained
+        protect(self.root)
         for parameter, flag in self.requires_grad:
             parameter.requires_grad_(flag)

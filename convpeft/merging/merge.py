@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +12,15 @@ import torch
 from torch import nn
 
 from ..errors import GeometryError, MergeError, OptionError
-from ..hosts.chains import attach_chains, refuse_fusing, set_bias
-from ..hosts.guards import fusing_methods
+from ..hosts.chains import attach_chains, set_bias
 from ..hosts.model import ATTRIBUTE, AdaptedModel
 from ..hosts.modules import base_modules, deep_copy, device_and_dtype, is_sequence
+from ..hosts.rewriting import mentioned
 from ..hosts.slots import SLOT
+from ..hosts.snapshot import Snapshot
+from ..hosts.transactions import protect
 from ..hosts.unfrozen import keep_shown
+from .attaching import chain_refusal
 from .forms import Job, Merged, solve
 from .plan import FORMS, MergePlan, MergeRow
 from .probe import probe
@@ -87,11 +91,18 @@ def _merged(model: nn.Module, form: str, strict: bool, past: Mapping[str, str]) 
             "merge(model, strict=False) merges the others and keeps these adapted.",
             reasons,
         )
-    _drop_adapters(adapted, set(reasons))
-    for part in parts:
-        if part.merged.form != "kept":
-            _write(part)
-    refuse_fusing(model)
+    before, state = Snapshot(model), copy.deepcopy(adapted.state)
+    taken = mentioned(model) if any(part.chains for part in parts) else set()
+    try:
+        _drop_adapters(adapted, set(reasons))
+        for part in parts:
+            if part.merged.form != "kept":
+                _write(part, taken)
+        protect(adapted.root)
+    except BaseException:  # an interrupt, or a class that does not let its weight be set
+        before.restore()
+        adapted.root.__dict__[ATTRIBUTE] = state
+        raise
     return model
 
 
@@ -179,11 +190,9 @@ def _last_step(name: str, module: Any) -> tuple[str, nn.Module]:
 
 def _cast(job: Job, layer: nn.Module | None, chains: list[nn.Sequential]) -> None:
     """Bring float64 parts to the host's device and dtype, in place: the one rounding of a merge."""
-    if layer is None and isinstance(job.target, (nn.Sequential, nn.ModuleDict)):  # an extra child would become a step
-        raise MergeError(
-            "it is a Sequential whose last step cannot take the chain (it is adapted itself, shared, or TorchScript): put the "
-            "adapter on that step's output"
-        )
+    refusal = chain_refusal(job.target) if layer is None else None
+    if refusal:
+        raise MergeError(refusal)
     device, dtype = device_and_dtype(job.adapters[0])
     parts: list[nn.Module] = [*chains] if layer is None else [layer, *chains]
     for part in parts:
@@ -218,16 +227,15 @@ def _drop_adapters(adapted: AdaptedModel, kept: set[str]) -> None:
 
 
 def _is_bare(adapted: AdaptedModel, name: str) -> bool:
-    """Return whether a swapped module has no adapter, no norm to hold and no ``fuse`` to refuse."""
-    is_norm, fuses = name in adapted.state.norms, fusing_methods(adapted.module(name))
-    return adapted.slots(name).is_idle() and not is_norm and not fuses
+    """Return whether a swapped module has no adapter and no norm to hold."""
+    return adapted.slots(name).is_idle() and name not in adapted.state.norms
 
 
-def _write(part: _Part) -> None:
-    """Write the merged parts onto the target, in place."""
+def _write(part: _Part, taken: Set[str]) -> None:
+    """Write the merged parts onto the target, in place; ``taken`` are names that no new child may have."""
     target: Any = part.job.target
     if part.layer is None:
-        attach_chains(target, part.chains, beside=part.merged.beside, entry=part.job.entry)
+        attach_chains(target, part.chains, beside=part.merged.beside, entry=part.job.entry, taken=taken)
         return
     assert part.merged.kernel is not None
     layer: Any = part.layer
