@@ -23,6 +23,7 @@ _ADVICE = (
     "Call convpeft.merge(model) first, or convpeft.eject(model) if it may go; it is unchanged, and so is what {who} had "
     "changed around it."
 )
+_ASIDE = {"training", "__class__"}  # set often, and by convpeft itself
 
 
 class Guard:
@@ -31,7 +32,7 @@ class Guard:
     _modules: dict[str, Any]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not torch.compiler.is_compiling() and "_modules" in self.__dict__:
+        if name not in _ASIDE and not torch.compiler.is_compiling() and "_modules" in self.__dict__:
             refuse_loss(self, name, value)
             note(self, name, value)  # type: ignore[arg-type]
         super().__setattr__(name, value)

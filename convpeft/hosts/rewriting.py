@@ -49,8 +49,11 @@ def rewriting_methods(modules: Sequence[nn.Module], below: Set[str]) -> list[set
     for owner in owners:
         if owner not in found:
             methods = _methods(owner)
-            found[owner] = {name for name, each in methods.items() if name in FUSING_METHODS or _rewrites(each, below)}
-            found[owner] -= in_forward
+            found[owner] = {
+                name
+                for name, each in methods.items()
+                if name not in in_forward and (name in FUSING_METHODS or _rewrites(each) or _sets(each) & below)
+            }
     _add_callers(found, in_forward)
     return [found[owner] for owner in owners]
 
@@ -62,7 +65,7 @@ def _add_callers(found: dict[Any, set[str]], in_forward: Set[str]) -> None:
         named = all_named
         for owner, names in found.items():
             for name, function in _methods(owner).items():
-                if name not in in_forward and _facts(function.__code__).names & named:
+                if name not in in_forward and _facts(function).names & named:
                     names.add(name)
 
 
@@ -80,7 +83,7 @@ def _mentioned_by(owner: Any) -> frozenset[str]:
     for value in vars(owner).values():
         for each in (value, *(getattr(value, part, None) for part in ("fget", "fset", "__func__", "func"))):
             if isinstance(each, FunctionType):
-                facts = _facts(each.__code__)
+                facts = _facts(each)
                 found |= facts.names | facts.texts
     return frozenset(found)
 
@@ -105,7 +108,7 @@ def _named_in_forward(owner: Any) -> frozenset[str]:
     waiting, reached, named = ["forward"], {"forward"}, {"forward"}
     while waiting:
         function = methods.get(waiting.pop())
-        names = frozenset() if function is None else _facts(function.__code__).names
+        names = frozenset() if function is None else _facts(function).names
         named |= names
         more = {name for name in names if name in methods} - reached
         reached |= more
@@ -113,16 +116,22 @@ def _named_in_forward(owner: Any) -> frozenset[str]:
     return frozenset(named)
 
 
-def _rewrites(function: FunctionType, below: Set[str]) -> bool:
-    """Return whether a function, or one of its own module that it calls by name, may replace, set or delete a layer."""
-    for facts in _with_helpers(function, _DEEP):
-        if facts.deletes or facts.names & _SETTING or facts.sets & _TENSORS or facts.sets & below:
-            return True
-    return False
+@cache
+def _rewrites(function: FunctionType) -> bool:
+    """Return whether a function, or one of its own module that it calls by name, deletes attributes or sets weights."""
+    return any(
+        facts.deletes or facts.names & _SETTING or facts.sets & _TENSORS for facts in _with_helpers(function, _DEEP)
+    )
+
+
+@cache
+def _sets(function: FunctionType) -> frozenset[str]:
+    """Return the attributes that a function, or one of its own module that it calls by name, sets."""
+    return frozenset().union(*(facts.sets for facts in _with_helpers(function, _DEEP)))
 
 
 def _with_helpers(function: FunctionType, depth: int) -> Iterator[_Facts]:
-    facts = _facts(function.__code__)
+    facts = _facts(function)
     yield facts
     if depth:
         for name in facts.names:
@@ -132,7 +141,11 @@ def _with_helpers(function: FunctionType, depth: int) -> Iterator[_Facts]:
 
 
 @cache
-def _facts(code: CodeType) -> _Facts:
+def _facts(function: FunctionType) -> _Facts:
+    return _read(function.__code__)
+
+
+def _read(code: CodeType) -> _Facts:
     sets: set[str] = set()
     names = set(code.co_names)
     raw, extended, deletes = code.co_code, 0, False
@@ -148,6 +161,6 @@ def _facts(code: CodeType) -> _Facts:
     texts = {each for each in code.co_consts if isinstance(each, str)}
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            more = _facts(inner)
+            more = _read(inner)
             sets, deletes, names, texts = sets | more.sets, deletes or more.deletes, names | more.names, texts | more.texts
     return _Facts(frozenset(sets), deletes, frozenset(names), frozenset(texts))

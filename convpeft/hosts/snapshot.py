@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .trials import set_requires_grad
+
 
 class Snapshot:
     """The classes, attributes, children and tensors of a module and of all below it, by reference: no number is copied.
@@ -54,8 +56,7 @@ class Snapshot:
             for tensor, data, requires_grad in self.tensors:
                 if not same_place(tensor, data):
                     tensor.data = data
-                if tensor.requires_grad != requires_grad:
-                    tensor.requires_grad_(requires_grad)
+                set_requires_grad(tensor, requires_grad)
             for tensor, value in self._values.values():
                 tensor.data.copy_(value)
 

@@ -17,8 +17,8 @@ from ..errors import HostError
 from .copies import reduced, self_copying
 from .forward import adapted_output, convolved
 from .guards import Guard, refuse_another_parameter, release
-from .modules import exact_copies
 from .slots import SLOT, Slots, Swapped, base_class, slots_of
+from .trials import exact_copies
 from .unfrozen import keep_shown, route_checkpoint, swap_in
 
 

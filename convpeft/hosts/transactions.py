@@ -20,7 +20,7 @@ from .chains import carries_chains, guard_chains
 from .guards import guard, has_adapters, release
 from .modules import base_class, base_modules
 from .rewriting import rewriting_methods
-from .slots import slots_of
+from .slots import SLOT, Slots, slots_of
 from .snapshot import Snapshot, same_place
 from .watching import Watched, watching
 
@@ -113,26 +113,57 @@ class _Writes(TorchDispatchMode):
 
 def protect(root: nn.Module) -> None:
     """Let the modules above adapters and chains refuse what would lose them, and all others be as they were, in place."""
-    modules = base_modules(root)
-    carriers = [name for name, module in modules if _carries(module)]
-    adapted = [name for name, module in modules if has_adapters(module)]
-    above = {part for name in carriers for part in (*_prefixes(name), name)}
-    guarded = {part for name in adapted for part in _prefixes(name)}
-    below = {name.rpartition(".")[2] for name, _ in modules}
-    inside = {id(module): module for name, module in modules if name in above}
-    methods = dict(zip(inside, rewriting_methods(list(inside.values()), below), strict=True))
-    guards = {id(module) for name, module in modules if name in guarded}
-    if adapted and hasattr(base_class(root), "__deepcopy__"):
-        guards.add(id(root))  # it carries the records of a class that copies itself
-    for _, module in modules:
+    tree = _Tree(root)
+    if tree.adapted and hasattr(base_class(root), "__deepcopy__"):
+        tree.adapted[id(root)] = root  # it carries the records of a class that copies itself
+    inside = list(reversed(tree.carrying.values()))
+    methods = dict(zip(map(id, inside), rewriting_methods(inside, tree.names), strict=True))
+    for module in tree.modules.values():
         _watch(module, methods.get(id(module), set()))
         guard_chains(module)
-        (guard if id(module) in guards else release)(module)
+        (guard if id(module) in tree.adapted else release)(module)
+
+
+class _Tree:
+    """A look at a whole model: the user's modules, each behind all that is in it.
+
+    Attributes:
+        modules: all of them, by ``id``.
+        carrying: those with adapters or chains on them or below.
+        adapted: those with adapters below.
+        names: of all children.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.modules: dict[int, nn.Module] = {}
+        self.carrying: dict[int, nn.Module] = {}
+        self.adapted: dict[int, nn.Module] = {}
+        self.names: set[str] = set()
+        self._look(root)
+
+    def _look(self, module: nn.Module) -> bool:
+        """Look at a module and all below; return whether there are adapters on it or below."""
+        adapted = has_adapters(module)
+        carries, key = adapted or carries_chains(module), id(module)
+        for name, child in module._modules.items():
+            if child is None or (name == SLOT and isinstance(child, Slots)):
+                continue
+            self.names.add(name)
+            known = id(child) in self.modules
+            below = id(child) in self.adapted or has_adapters(child) if known else self._look(child)
+            carries = carries or id(child) in self.carrying
+            if below:
+                adapted = True
+                self.adapted[key] = module
+        self.modules[key] = module
+        if carries:
+            self.carrying[key] = module
+        return adapted
 
 
 def unwatch(root: nn.Module) -> None:
     """Let no method of a model be watched any more, in place."""
-    for _, module in base_modules(root):
+    for module in root.modules():
         _watch(module, set())
         guard_chains(module, False)
 
@@ -140,7 +171,7 @@ def unwatch(root: nn.Module) -> None:
 def _watch(module: nn.Module, methods: set[str]) -> None:
     """Let the named methods of a module be watched, and no others, in place."""
     held = module.__dict__
-    for name in [name for name, value in held.items() if isinstance(value, Watchful) and name not in methods]:
+    for name in [name for name, value in held.items() if type(value) is Watchful and name not in methods]:
         del held[name]
     for name in methods:
         if name not in held:  # one that the user put there himself stays

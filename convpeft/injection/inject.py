@@ -10,6 +10,7 @@ from ..hosts.model import ATTRIBUTE, AdaptedModel, unwrapped
 from ..hosts.modules import base_modules
 from ..hosts.records import AdapterRecord
 from ..hosts.transactions import protect
+from ..hosts.trials import set_requires_grad
 from ..planning.plan import Plan
 from ..planning.planner import make_plan
 from ..planning.spec import SpecLike, as_spec
@@ -89,5 +90,5 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     parameters = dict(adapted.root.named_parameters(remove_duplicate=False))
     for key, flag in state.requires_grad.items():
         if key in parameters:
-            parameters[key].requires_grad_(flag)
+            set_requires_grad(parameters[key], flag)
     return model

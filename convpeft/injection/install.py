@@ -17,6 +17,7 @@ from ..hosts.records import AdapterRecord, ModelState
 from ..hosts.slots import BASE, StoredTensors, base_class, slots_of
 from ..hosts.swap import adapt, restore, wants_training
 from ..hosts.transactions import protect
+from ..hosts.trials import set_requires_grad
 from ..hosts.unfrozen import remove_owner, tensors_of
 from ..planning.plan import PlannedLayer
 from .switching import switch, train_only
@@ -182,4 +183,4 @@ class Rollback:
             self.model.state.trained = self.trained
         protect(self.root)
         for parameter, flag in self.requires_grad:
-            parameter.requires_grad_(flag)
+            set_requires_grad(parameter, flag)

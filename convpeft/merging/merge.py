@@ -14,11 +14,12 @@ from torch import nn
 from ..errors import GeometryError, MergeError, OptionError
 from ..hosts.chains import attach_chains, set_bias
 from ..hosts.model import ATTRIBUTE, AdaptedModel
-from ..hosts.modules import base_modules, deep_copy, device_and_dtype, is_sequence
+from ..hosts.modules import base_modules, device_and_dtype, is_sequence
 from ..hosts.rewriting import mentioned
 from ..hosts.slots import SLOT
 from ..hosts.snapshot import Snapshot
 from ..hosts.transactions import protect
+from ..hosts.trials import deep_copy, set_requires_grad
 from ..hosts.unfrozen import keep_shown
 from .attaching import chain_refusal
 from .forms import Job, Merged, solve
@@ -72,11 +73,12 @@ def merge(
     adapted.require_unrouted()
     _check_form(form)
     adapted.check_restorable()
-    past = _read_past(model, example_inputs)
-    if example_inputs is not None:
-        exact = double_copy(model)
-        compare_outputs(exact, _merged(deep_copy(exact), form, strict, past), example_inputs)
-    return _merged(model if inplace else deep_copy(model), form, strict, past)
+    with torch.inference_mode(False):  # the merged model is one to train and to save, whatever the caller is in
+        past = _read_past(model, example_inputs)
+        if example_inputs is not None:
+            exact = double_copy(model)
+            compare_outputs(exact, _merged(deep_copy(exact), form, strict, past), example_inputs)
+        return _merged(model if inplace else deep_copy(model), form, strict, past)
 
 
 def _merged(model: nn.Module, form: str, strict: bool, past: Mapping[str, str]) -> nn.Module:
@@ -214,7 +216,7 @@ def _drop_adapters(adapted: AdaptedModel, kept: set[str]) -> None:
         adapted.restore(state.swapped)
         del adapted.root.__dict__[ATTRIBUTE]
         for key, parameter in adapted.root.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(state.requires_grad.get(key, False))
+            set_requires_grad(parameter, state.requires_grad.get(key, False))
         return
     for name in list(state.adapters):
         record = state.adapters[name]

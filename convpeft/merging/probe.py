@@ -13,8 +13,8 @@ from ..convolution.geometry import ConvGeometry, random_input
 from ..convolution.kernels import Chain, ConvKernel
 from ..errors import ConvPeftError, MergeError
 from ..hosts.chains import attach_chains, set_bias
-from ..hosts.modules import exact_copies
 from ..hosts.swap import plain_copy
+from ..hosts.trials import exact_copies, unobserved
 from .forms import Job, Merged
 
 
@@ -95,7 +95,7 @@ def _merged_layer(job: Job, kernel: ConvKernel) -> nn.Module:
 def _check_alike(reference: Callable[[Tensor], Tensor], candidate: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """Raise a MergeError if two functions of ``x`` differ by more than rounding."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unobserved():
             expected, got = reference(x), candidate(x)
     except Exception as error:  # the user's own layer: whatever it raises, the refusal says it
         raise MergeError(f"it failed when run alone on an input of shape {tuple(x.shape)}: {error}") from error

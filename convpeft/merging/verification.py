@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ..convolution.comparison import compare
 from ..errors import MergeError
-from ..hosts.modules import base_class, base_modules, deep_copy
+from ..hosts.modules import base_class, base_modules
+from ..hosts.trials import private_copy, unobserved
 from ..hosts.watching import watched_run
 from ..planning.bypasses import weight_readers
 from ..planning.probing import as_inputs
@@ -52,7 +53,7 @@ def _why(what: str) -> str:
 
 def double_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model in float64 and eval mode."""
-    return deep_copy(getattr(model, "_orig_mod", model)).double().eval()
+    return private_copy(getattr(model, "_orig_mod", model)).double().eval()
 
 
 def compare_outputs(adapted: nn.Module, merged: nn.Module, example_inputs: Any) -> None:
@@ -85,7 +86,7 @@ def _exact(value: Any) -> Any:
 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     """Return the tensors that a model gives, in float64; it may draw random numbers, the same each time."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), unobserved(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             output = model(*inputs)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..convolution.comparison import compare
 from ..convolution.geometry import PLAIN_HOSTS, ConvGeometry, random_input
 from ..hosts.forward import entry_index
-from ..hosts.modules import base_class, deep_copy, device_and_dtype, is_sequence
+from ..hosts.modules import base_class, device_and_dtype, is_sequence
 from ..hosts.swap import plain_copy
+from ..hosts.trials import private_copy, unobserved
 
 _IMAGE = (1, 3, 64, 64)
 
@@ -62,10 +63,10 @@ def probe_outputs(
         generic image gives an empty result; one that cannot run on the user's own example raises its own error.
     """
     try:
-        model = deep_copy(root).eval()
+        model = private_copy(root).eval()
         device, dtype = device_and_dtype(root)
         inputs = as_inputs(torch.zeros(_IMAGE, device=device, dtype=dtype) if example is None else example)
-        with watch([(name, model.get_submodule(name)) for name in names]) as outputs, torch.no_grad():
+        with watch([(name, model.get_submodule(name)) for name in names]) as outputs, torch.no_grad(), unobserved():
             model(*inputs)
     except Exception:
         if example is not None:
@@ -124,7 +125,7 @@ def unlike_its_convolution(layer: nn.Module) -> str | None:
     geometry = ConvGeometry.of(layer)
     smallest = _probe_size(geometry)
     sizes = range(smallest, smallest + max(geometry.stride))
-    plain = deep_copy(layer).to(device="cpu").eval()
+    plain = private_copy(layer).to(device="cpu").eval()
     return next(filter(None, (_unlike_at(plain, geometry, size) for size in sizes)), None)
 
 
@@ -143,7 +144,7 @@ def _unlike_at(plain: nn.Module, geometry: ConvGeometry, size: int) -> str | Non
 
 def _run_alone(plain: Any, x: Tensor) -> Any:
     """Return what a layer makes of ``x``, in float64, or in float32 where it knows no other (quantisation, say)."""
-    with torch.no_grad():
+    with torch.no_grad(), unobserved():
         try:
             return plain.to(dtype=torch.float64)(x)
         except Exception:
@@ -173,7 +174,7 @@ def unreadable(layer: nn.Module) -> str | None:
     generator = torch.Generator().manual_seed(0)
     x = random_input(geometry, _probe_size(geometry), generator)
     plain = plain_copy(layer)
-    with torch.no_grad():
+    with torch.no_grad(), unobserved():
         declared = geometry.convolve(x, geometry.as_kernel(plain.weight), plain.bias)
         try:
             own = plain(x)
