@@ -58,7 +58,12 @@ def beside(module: nn.Module) -> Chains | None:
 
 
 def attach_chains(
-    layer: nn.Module, chains: Sequence[nn.Sequential], *, beside: bool, entry: Entry = None, taken: Set[str] = frozenset()
+    layer: nn.Module,
+    chains: Sequence[nn.Sequential],
+    *,
+    beside: bool,
+    entry: Entry = None,
+    taken: Set[str] = frozenset(),
 ) -> None:
     """Add chains to a layer, in place.
 

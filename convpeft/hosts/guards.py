@@ -17,11 +17,11 @@ from ..errors import HostError
 from .callers import frames, is_foreign, operation
 from .copies import reduced, self_copying
 from .journal import note, take_back
-from .slots import SLOT, Slots, Swapped, base_class, slots_of
+from .slots import SLOT, Slots, base_class, slots_of
 
 _ADVICE = (
-    "Call convpeft.merge(model) first, or convpeft.eject(model) if it may go; it is unchanged, and so is what {who} had "
-    "changed around it."
+    "Call convpeft.merge(model) first, or convpeft.eject(model) if they may go; what {who} had changed around them was taken "
+    "back."
 )
 _ASIDE = {"training", "__class__"}  # set often, and by convpeft itself
 

@@ -158,9 +158,19 @@ def _read(code: CodeType) -> _Facts:
             if operation == _STORE and extended < len(code.co_names):
                 sets.add(code.co_names[extended])
             extended = 0
-    texts = {each for each in code.co_consts if isinstance(each, str)}
+    texts = {each for const in code.co_consts for each in _flat(const) if isinstance(each, str)}
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             more = _read(inner)
-            sets, deletes, names, texts = sets | more.sets, deletes or more.deletes, names | more.names, texts | more.texts
+            sets, deletes, names, texts = (
+                sets | more.sets,
+                deletes or more.deletes,
+                names | more.names,
+                texts | more.texts,
+            )
     return _Facts(frozenset(sets), deletes, frozenset(names), frozenset(texts))
+
+
+def _flat(const: Any) -> tuple[Any, ...]:
+    """Return the constants in a constant."""
+    return tuple(const) if isinstance(const, (tuple, frozenset)) else (const,)

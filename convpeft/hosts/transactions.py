@@ -62,7 +62,7 @@ class Watchful:
     def _watched(self, carriers: dict[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.module
         before = Snapshot(module)
-        swapped = {name: each for name, each in base_modules(module) if slots_of(each) is not None}
+        swapped = {name: each for name, each in base_modules(module) if _matters(each)}
         layers = [each for each in carriers.values() if not _has_children(each)]
         result, error = None, None
         with watching(module, layers) as seen, _Writes(before):
@@ -79,7 +79,10 @@ class Watchful:
         return result
 
     def _refusal(self, lost: list[str], adapted: bool) -> str:
-        who, where = f"{base_class(self.module).__name__}.{self.method}()", shortened([name or "(root)" for name in lost])
+        who, where = (
+            f"{base_class(self.module).__name__}.{self.method}()",
+            shortened([name or "(root)" for name in lost]),
+        )
         if adapted:
             return (
                 f"{who} would rewrite layers that carry adapters and lose them (at {where}). "
@@ -99,7 +102,7 @@ class _Writes(TorchDispatchMode):
         super().__init__()
         self.before = before
         self.held: dict[int, list[Tensor]] = {}
-        for tensor, data, _ in before.tensors:
+        for _, data, _ in before.tensors:
             self.held.setdefault(_place(data), []).append(data)
         self.held.pop(0, None)
 
@@ -182,6 +185,12 @@ def _prefixes(name: str) -> list[str]:
     """Return the names of all modules above one."""
     parts = name.split(".") if name else []
     return [".".join(parts[:count]) for count in range(len(parts))]
+
+
+def _matters(module: nn.Module) -> bool:
+    """Return whether a module has adapters, values of an adapter's own, or is a norm that is held."""
+    slots = slots_of(module)
+    return slots is not None and not slots.is_idle()
 
 
 def _carries(module: nn.Module) -> bool:

@@ -159,7 +159,9 @@ def _state(value: Any, memo: dict[int, Any]) -> Any:
 @contextmanager
 def unobserved() -> Iterator[None]:
     """Leave out the hooks that the user registered for all modules, inside the context: what runs in it is not his."""
-    kept = [(hooks, dict(hooks)) for hooks in (global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks)]
+    kept = [
+        (hooks, dict(hooks)) for hooks in (global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks)
+    ]
     for hooks, _ in kept:
         hooks.clear()
     try:

@@ -103,7 +103,7 @@ def _merged(model: nn.Module, form: str, strict: bool, past: Mapping[str, str]) 
         protect(adapted.root)
     except BaseException:  # an interrupt, or a class that does not let its weight be set
         before.restore()
-        adapted.root.__dict__[ATTRIBUTE] = state
+        vars(adapted.state).update(vars(state))
         raise
     return model
 

@@ -13,6 +13,7 @@ from ..convolution.geometry import ConvGeometry, random_input
 from ..convolution.kernels import Chain, ConvKernel
 from ..errors import ConvPeftError, MergeError
 from ..hosts.chains import attach_chains, set_bias
+from ..hosts.rewriting import mentioned
 from ..hosts.swap import plain_copy
 from ..hosts.trials import exact_copies, unobserved
 from .forms import Job, Merged
@@ -118,7 +119,7 @@ def _runs(
     if layer is not None:
         return adapted, layer
     chained = plain_copy(job.target)
-    attach_chains(chained, exact_copies(chains), beside=True)
+    attach_chains(chained, exact_copies(chains), beside=True, taken=mentioned(job.target))
     return adapted, chained
 
 
