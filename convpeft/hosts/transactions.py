@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 from ..errors import HostError, shortened
 from .chains import carries_chains, guard_chains
 from .guards import guard, has_adapters, release
+from .model import ATTRIBUTE
 from .modules import base_class, base_modules
 from .rewriting import rewriting_methods
 from .slots import SLOT, Slots, slots_of
@@ -117,7 +118,7 @@ class _Writes(TorchDispatchMode):
 def protect(root: nn.Module) -> None:
     """Let the modules above adapters and chains refuse what would lose them, and all others be as they were, in place."""
     tree = _Tree(root)
-    if tree.adapted and hasattr(base_class(root), "__deepcopy__"):
+    if ATTRIBUTE in root.__dict__ and hasattr(base_class(root), "__deepcopy__"):
         tree.adapted[id(root)] = root  # it carries the records of a class that copies itself
     inside = list(reversed(tree.carrying.values()))
     methods = dict(zip(map(id, inside), rewriting_methods(inside, tree.names), strict=True))

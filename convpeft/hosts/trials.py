@@ -108,52 +108,63 @@ def private_copy(module: Module) -> Module:
 
 def _private(hook: Any, memo: dict[int, Any]) -> Any:
     """Return a hook that writes to copies of what the hook writes to; None where that cannot be copied."""
-    if isinstance(hook, partial):
-        inner = _private(hook.func, memo)
-        return None if inner is None else partial(inner, *hook.args, **hook.keywords)
-    if not isinstance(hook, FunctionType):
-        return hook  # an object, or a bound method, was copied with the module
     try:
-        return _twin(hook, {**hook.__globals__}, memo, set())
+        if isinstance(hook, partial):
+            return partial(_state(hook.func, memo), *hook.args, **hook.keywords)
+        if not isinstance(hook, FunctionType) and memo.get(id(hook)) is hook:  # not copied with the module
+            return copy.deepcopy(hook)
+        return _state(hook, memo) if isinstance(hook, FunctionType) else hook
     except Exception:  # whatever the user's objects raise when they are copied
         return None
 
 
-def _twin(function: FunctionType, names: dict[str, Any], memo: dict[int, Any], seen: set[str]) -> FunctionType:
-    """Return a function that works on copies of what it holds, and of the globals that it names.
-
-    Args:
-        function: of the user's; torch's and our own hold nothing.
-        names: a copy of its globals, in which copies take the place of what was copied.
-        memo: of ``copy.deepcopy``.
-        seen: the names that were copied.
-    """
-    if str(function.__module__).partition(".")[0] in ("torch", __name__.partition(".")[0]):
-        return function
-    for name in sorted(_named(function.__code__) - seen):
-        seen.add(name)
-        if name in names:
-            value = names[name]
-            is_near = isinstance(value, FunctionType) and value.__globals__ is function.__globals__
-            names[name] = _twin(value, names, memo, seen) if is_near else _state(value, memo)
-    cells = tuple(CellType(_state(cell.cell_contents, memo)) for cell in function.__closure__ or ())
-    twin = FunctionType(function.__code__, names, function.__name__, _state(function.__defaults__, memo), cells or None)
-    twin.__kwdefaults__ = _state(function.__kwdefaults__, memo)
-    return twin
-
-
-def _named(code: CodeType) -> set[str]:
-    """Return the names of globals and attributes in a function, and in the functions in it."""
-    return set(code.co_names).union(*(_named(each) for each in code.co_consts if isinstance(each, CodeType)))
-
-
 def _state(value: Any, memo: dict[int, Any]) -> Any:
     """Return a copy of what a function holds; a module is the copy that there is of it, or itself."""
+    if isinstance(value, FunctionType):
+        return _twin(value, memo)
     if isinstance(value, (nn.Module, type, ModuleType)):
         return memo.get(id(value), value)
     for tensor in _graph_tensors([value]):
         memo.setdefault(id(tensor), tensor.detach().clone())
     return copy.deepcopy(value, memo)
+
+
+def _twin(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """Return a function that works on copies of what it holds, and of the globals that it names.
+
+    Args:
+        function: of the user's; torch's and our own hold nothing.
+        memo: of ``copy.deepcopy``; functions of one module share the copy of its globals.
+    """
+    if str(function.__module__).partition(".")[0] in ("torch", __name__.partition(".")[0]):
+        return function
+    own = memo.get(id(function))
+    if isinstance(own, FunctionType) and own is not function:
+        return own
+    names: dict[str, Any] = memo.setdefault(id(function.__globals__), _Globals(function.__globals__))
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    twin = FunctionType(function.__code__, names, function.__name__, None, cells or None)
+    memo[id(function)] = twin
+    for name in sorted(_named(function.__code__) & names.keys() - names.copied):  # type: ignore[attr-defined]
+        names.copied.add(name)  # type: ignore[attr-defined]
+        names[name] = _state(names[name], memo)
+    for cell, original in zip(cells, function.__closure__ or (), strict=True):
+        cell.cell_contents = _state(original.cell_contents, memo)
+    twin.__defaults__, twin.__kwdefaults__ = _state(function.__defaults__, memo), _state(function.__kwdefaults__, memo)
+    return twin
+
+
+class _Globals(dict[str, Any]):
+    """A copy of a module's globals, and the names of those that were copied in turn."""
+
+    def __init__(self, original: dict[str, Any]) -> None:
+        super().__init__(original)
+        self.copied: set[str] = set()
+
+
+def _named(code: CodeType) -> set[str]:
+    """Return the names of globals and attributes in a function, and in the functions in it."""
+    return set(code.co_names).union(*(_named(each) for each in code.co_consts if isinstance(each, CodeType)))
 
 
 @contextmanager
