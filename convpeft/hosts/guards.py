@@ -16,7 +16,7 @@ from ..convolution.nodes import serves
 from ..errors import HostError
 from .callers import frames, is_foreign, operation
 from .copies import reduced, self_copying
-from .journal import note, take_back
+from .displaced import note, take_back
 from .slots import SLOT, Slots, base_class, slots_of
 
 _ADVICE = (
