@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,12 @@ class Journal:
             return
         self.keep(slots)
         self._keep_stores(slots)
+
+    def keep_guards(self, module: nn.Module, names: Iterable[str]) -> None:
+        """Note a module's class and some attributes of its own."""
+        if not isinstance(module, torch.jit.ScriptModule):
+            self._notes.append((_set_class, module, type(module)))
+            self.keep(module, *names)
 
     def keep_tensors(self, module: nn.Module, slots: Slots) -> None:
         """Note whose tensors a module shows, and where all of its owners' tensors are."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .slots import SLOT, base_class, slots_of
 from .wrappers import named_inside
@@ -92,26 +90,3 @@ def device_and_dtype(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
                 if tensor is not None and tensor.is_floating_point():
                     return tensor.device, tensor.dtype
     return torch.device("cpu"), torch.get_default_dtype()
-
-
-def deep_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
-    """Return a deep copy, also of a module that keeps a tensor of autograd's graph, which ``copy.deepcopy`` refuses.
-
-    ``weight_norm``, ``spectral_norm`` and ``prune`` of ``torch.nn.utils`` keep the weight of the last pass as a plain
-    attribute and compute it anew before each pass; the copy starts with its value, outside the graph.
-
-    Args:
-        module: stays as it is.
-        memo: of ``copy.deepcopy``: what each object became, by ``id``.
-    """
-    memo = {} if memo is None else memo
-    for part in module.modules():
-        for value in part.__dict__.values():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(module, memo)
-
-
-def exact_copies(modules: Sequence[Module]) -> list[Module]:
-    """Return copies in float64 on the CPU and in eval mode; their hooks stay, for a hook may change what they compute."""
-    return [deep_copy(module).to(device="cpu", dtype=torch.float64).eval() for module in modules]

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modules import deep_copy, device_and_dtype, is_batchnorm_like
+from .modules import device_and_dtype, is_batchnorm_like
 from .slots import slots_of
+from .trials import deep_copy
 from .uncompiled import uncompiled
 
 NO_GRAD = "it ran under torch.no_grad()"

@@ -154,8 +154,9 @@ class Slots(nn.ModuleDict):
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """Return the module's own class, behind the swap if there is one."""
-    return module.adapted_from if isinstance(module, Swapped) else type(module)
+    """Return the module's own class, behind the swap or the guard if there is one."""
+    own: Any = type(module)
+    return module.adapted_from if isinstance(module, Swapped) else getattr(own, "guarded_from", own)
 
 
 def slots_of(module: nn.Module) -> Slots | None:

@@ -20,12 +20,13 @@ from ..errors import HostError
 from .buffers import load_buffers
 from .checkpoints import Load, load_slots, split_off
 from .children import hide, hide_again, is_walk, take_away
+from .copies import reduced, self_copying
 from .forward import adapted_output, convolved
-from .guards import RESETS, fusing_methods, refuse_another_bias, refusing, swap_refusal, unless_held
+from .guards import RESETS, Guard, refuse_another_parameter, release, swap_refusal, unless_held
 from .keeping import kept_training, overrides_train, require_training
-from .modules import exact_copies
 from .slots import HOME, SLOT, Slots, Swapped, base_class, slots_of
 from .trainers import guard_trainers
+from .trials import exact_copies
 from .unfrozen import keep_shown, swap_in
 
 
@@ -146,8 +147,7 @@ class Adapted(Swapped):
         return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        getstate = getattr(self, "__getstate__", None)
-        return _unpickled, (self.adapted_from,), self.__dict__ if getstate is None else getstate()
+        return reduced(self, self.adapted_from, _unpickled, _adapt_again, protocol)
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -161,8 +161,7 @@ class Adapted(Swapped):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register as usual, but refuse what fusing a norm into the layer would leave."""
-        if name == "bias" and param is not None:
-            refuse_another_bias(self, self.__dict__.get(HOME))
+        refuse_another_parameter(self, self.__dict__.get(HOME), name, param)
         super().register_parameter(name, param)  # type: ignore[misc]
 
 
@@ -222,11 +221,12 @@ def adapted_class(base: Any) -> Any:
     body.update(has_own_train=overrides_train(base), __init__=_own_class_instead(base))
     if not hasattr(base, SLOT):
         body[SLOT] = _SlotsOf()
-    body.update({method: refusing(method) for method in fusing_methods(base)})
     body.update(
         {method: unless_held(method) for method in RESETS if callable(getattr(base, "reset_running_stats", None))}
     )
-    return type(f"Adapted{base.__name__}", (mixin, base), body)
+    body.update(self_copying(base, _adapt_again))
+    has_children = not (is_convolution(base) or is_norm(base) or issubclass(base, nn.Linear))
+    return type(f"Adapted{base.__name__}", (mixin, Guard, base) if has_children else (mixin, base), body)
 
 
 def _own_class_instead(base: Any) -> Any:
@@ -250,6 +250,7 @@ def adapt(module: nn.Module) -> Slots:
     present = slots_of(module)
     if present is not None:
         return present
+    release(module)
     base: Any = type(module)
     slots = Slots()
     slots.wanted_training = slots.training = module.training
@@ -350,6 +351,14 @@ def hold(module: nn.Module, held: bool) -> None:
     elif slots.held:
         module.__dict__["training"] = slots.wanted_training
         slots.held = False
+
+
+def _adapt_again(module: Any, slots: Slots | None) -> None:
+    """Give a bare copy of a swapped module the class and the child that its original has, in place."""
+    if slots is not None and slots_of(module) is None:
+        own: Any = type(module)
+        module.__class__ = adapted_class(own)
+        hide(module, slots)
 
 
 def _unpickled(base: Any) -> nn.Module:

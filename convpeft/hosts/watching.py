@@ -58,17 +58,24 @@ def watched_run(root: nn.Module, hosts: Iterable[nn.Module], run: Callable[[], A
             module that the parameter belongs to is running.
         run: calls the model.
     """
-    found = Watched()
     modes = [(module, module.training) for module in root.modules()]
     try:
         for module, _ in modes:
             module.training = False
-        with uncompiled(), torch.no_grad(), _stack(found) as running, _Reads(root, hosts, running, found):
+        with torch.no_grad(), watching(root, hosts) as found:
             run()
     finally:
         for module, mode in modes:
             module.training = mode
     return found
+
+
+@contextmanager
+def watching(root: nn.Module, hosts: Iterable[nn.Module]) -> Iterator[Watched]:
+    """Note, inside the context, which modules run, and who reads the watched ones past them; see ``watched_run``."""
+    found = Watched()
+    with uncompiled(), _stack(found) as running, _Reads(root, hosts, running, found):
+        yield found
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ..hosts.records import AdapterRecord
 from ..hosts.trained import train_only
 from ..hosts.trainers import guard_trainers
 from ..hosts.transaction import change, with_normal_tensors
+from ..hosts.transactions import protect
 from ..hosts.wrappers import refuse_parallel
 from ..planning.plan import Plan
 from ..planning.planner import make_plan
@@ -113,6 +114,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
             _give_back(adapted, journal)
         else:
             train_only(adapted, state.active, journal)
+        protect(adapted.root, journal)
 
     change(adapted.root, state, work, [adapted.slots(key) for key in state.swapped])
     return model

@@ -12,7 +12,7 @@ from ..adapters.base import Adapter
 from ..adapters.registry import make_adapter
 from ..errors import HostError, StateError
 from ..hosts.buffers import adopt, give, remember
-from ..hosts.guards import can_be_lean, fusing_methods, swap_refusal
+from ..hosts.guards import can_be_lean, swap_refusal
 from ..hosts.journal import Journal, all_parameters, named_parameters
 from ..hosts.model import AdaptedModel
 from ..hosts.modules import device_and_dtype, is_batchnorm_like, is_within, unique_modules
@@ -21,6 +21,7 @@ from ..hosts.slots import BASE, StoredTensors, base_class
 from ..hosts.swap import adapt, can_be_kept_training, wants_training
 from ..hosts.trained import train_only
 from ..hosts.transaction import change
+from ..hosts.transactions import protect
 from ..hosts.unfrozen import tensors_of
 from ..planning.plan import PlannedLayer
 from .switching import Switch, note_training, switch
@@ -142,6 +143,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
             journal.require_grad(parameter, False)
         switch(Switch.to(model, (name,)), journal)
         train_only(model, (name,), journal)
+        protect(root, journal)
 
     change(root, state, work, [model.slots(key) for key in present])
 
@@ -156,15 +158,13 @@ def _to_swap(
 ) -> dict[str, None]:
     """Return the names of all modules whose class must be swapped, in order.
 
-    Those are hosts, unfrozen modules, norms, and parents whose methods could fuse hosts away or freeze what trains; with
-    ``lean``, frozen layers that can save less for backward.
+    Those are hosts, unfrozen modules and norms, and parents that could freeze what trains; with ``lean``, frozen layers
+    that can save less for backward.
     """
     wanted = dict.fromkeys([*record.layers, *record.owned, *state.norms])
     if lean:
         wanted.update({key: None for key, module in modules if can_be_lean(module)})
     for key, module in modules:
-        if fusing_methods(module) and any(is_within(host, key) for host in record.layers):
-            wanted[key] = None
         if can_be_kept_training(module) and any(is_within(each, key) for each in (*record.layers, *record.owned)):
             wanted[key] = None
     return wanted

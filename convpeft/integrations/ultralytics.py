@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import exact
 from ..errors import HostError
-from ..hosts.chains import AFTER, BESIDE, allow_fusing, carries_chains
+from ..hosts.chains import carries_chains, chains_of
 from ..hosts.modules import base_class
 from ..hosts.slots import slots_of
+from ..hosts.transactions import protect, unwatch
+from .folding import fold, may_fold
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -54,12 +55,13 @@ def fuse(model: nn.Module) -> nn.Module:
 
 def _fuse(model: Any) -> list[str]:
     """Fuse in place, and return the names of layers with chains that were rewritten or replaced by ultralytics."""
-    allow_fusing(model)
+    unwatch(model)
     for block in list(model.modules()):
         if _folds_beside(block):
             _fold(block)
     before = {name: _tensors(module) for name, module in model.named_modules() if carries_chains(module)}
     model.fuse(verbose=False)
+    protect(model)
     modules = dict(model.named_modules())
     return [name for name, tensors in before.items() if not _is_kept(modules.get(name), tensors)]
 
@@ -70,40 +72,23 @@ def _folds_beside(block: Any) -> bool:
     if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return False
     plain = callable(getattr(block, "forward_fuse", None)) and not hasattr(block, "fuse_convs")
-    beside = carries_chains(conv) and BESIDE in conv._modules and AFTER not in conv._modules and conv.bias is None
-    return plain and beside and norm.running_mean is not None and not carries_chains(norm)
+    return plain and carries_chains(conv) and conv.bias is None and may_fold(conv, norm)
 
 
 def _fold(block: Any) -> None:
-    """Fold a block's norm into its convolution and the chains beside it, in place: ``g (W x + C x) + s``."""
-    norm = block.bn
-    gain = (exact(norm.running_var) + norm.eps).rsqrt()
-    gain = gain if norm.weight is None else gain * exact(norm.weight)
-    shift = -exact(norm.running_mean) * gain
-    shift = shift if norm.bias is None else shift + exact(norm.bias)
-    block.conv.weight = _parameter(exact(block.conv.weight) * gain.view(-1, 1, 1, 1), block.conv.weight)
-    for position, chain in enumerate(block.conv._modules[BESIDE]):
-        last = chain[-1]
-        bias = None if last.bias is None else exact(last.bias) * gain
-        if position == 0:
-            bias = shift if bias is None else bias + shift
-        last.weight = _parameter(exact(last.weight) * gain.view(-1, 1, 1, 1), last.weight)
-        last.bias = None if bias is None else _parameter(bias, last.weight)
+    """Fold a block's norm into its convolution and the chains beside it, in place, as the block's own fusing leaves it."""
+    fold(block.conv, block.bn)
     block.conv.requires_grad_(False)
     del block.bn
     block.forward = block.forward_fuse
 
 
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.to(like.dtype), requires_grad=False)
-
-
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return copies of a layer's own tensors and of its chains."""
-    chains = [module._modules[key] for key in (BESIDE, AFTER) if key in module._modules]
+    chains = [chains.held for chains in chains_of(module)]
     held = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
     for number, chain in enumerate(chains):
-        held.update({f"{number}.{key}": tensor for key, tensor in chain.state_dict().items()})  # type: ignore[union-attr]
+        held.update({f"{number}.{key}": tensor for key, tensor in chain.state_dict().items()})
     return {key: tensor.detach().clone() for key, tensor in held.items()}
 
 

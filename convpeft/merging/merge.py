@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,15 +12,18 @@ from torch import nn
 
 from ..errors import GeometryError, MergeError, OptionError
 from ..hosts.buffers import forget, remember
-from ..hosts.chains import attach_chains, refuse_fusing, set_bias
-from ..hosts.guards import fusing_methods
+from ..hosts.chains import attach_chains, set_bias
 from ..hosts.journal import Journal, all_modules, all_parameters
 from ..hosts.kept import users_modules
 from ..hosts.model import ATTRIBUTE, AdaptedModel
-from ..hosts.modules import base_modules, deep_copy, device_and_dtype, is_sequence, named_parameters
+from ..hosts.modules import base_modules, device_and_dtype, is_sequence, named_parameters
+from ..hosts.rewriting import mentioned
 from ..hosts.slots import SLOT
 from ..hosts.transaction import change, with_normal_tensors
+from ..hosts.transactions import protect
+from ..hosts.trials import deep_copy, set_requires_grad
 from ..hosts.unfrozen import keep_shown
+from .attaching import chain_refusal
 from .forms import Job, Merged, solve
 from .plan import FORMS, MergePlan, MergeRow
 from .probe import probe
@@ -73,11 +76,12 @@ def merge(
     adapted.require_unrouted()
     _check_form(form)
     adapted.check_restorable()
-    past = _read_past(model, example_inputs)
-    if example_inputs is not None:
-        exact = double_copy(model)
-        compare_outputs(exact, _merged(deep_copy(exact), form, strict, past), example_inputs)
-    return _merged(model if inplace else deep_copy(model), form, strict, past)
+    with torch.inference_mode(False):  # the merged model is one to train and to save, whatever the caller is in
+        past = _read_past(model, example_inputs)
+        if example_inputs is not None:
+            exact = double_copy(model)
+            compare_outputs(exact, _merged(deep_copy(exact), form, strict, past), example_inputs)
+        return _merged(model if inplace else deep_copy(model), form, strict, past)
 
 
 def _merged(model: nn.Module, form: str, strict: bool, past: Mapping[str, str]) -> nn.Module:
@@ -93,6 +97,8 @@ def _merged(model: nn.Module, form: str, strict: bool, past: Mapping[str, str]) 
             reasons,
         )
 
+    taken = mentioned(model) if any(part.chains for part in parts) else set()
+
     def work(journal: Journal) -> None:
         for module in all_modules(model).values():
             journal.keep_module(module, whole=True)
@@ -103,8 +109,8 @@ def _merged(model: nn.Module, form: str, strict: bool, past: Mapping[str, str]) 
         _drop_adapters(adapted, set(reasons), journal)
         for part in parts:
             if part.merged.form != "kept":
-                _write(part)
-        refuse_fusing(model)
+                _write(part, taken)
+        protect(adapted.root, journal)
 
     change(adapted.root, adapted.state, work, [adapted.slots(key) for key in adapted.state.swapped])
     return model
@@ -194,11 +200,9 @@ def _last_step(name: str, module: Any) -> tuple[str, nn.Module]:
 
 def _cast(job: Job, layer: nn.Module | None, chains: list[nn.Sequential], root: nn.Module) -> None:
     """Bring float64 parts to the host's device and dtype, in place: the one rounding of a merge."""
-    if layer is None and isinstance(job.target, (nn.Sequential, nn.ModuleDict)):  # an extra child would become a step
-        raise MergeError(
-            "it is a Sequential whose last step cannot take the chain (it is adapted itself, shared, or TorchScript): put the "
-            "adapter on that step's output"
-        )
+    refusal = chain_refusal(job.target) if layer is None else None
+    if refusal:
+        raise MergeError(refusal)
     device, dtype = device_and_dtype(job.layer, root)  # not that of the adapters, which may be another
     parts: list[nn.Module] = [*chains] if layer is None else [layer, *chains]
     for part in parts:
@@ -221,7 +225,7 @@ def _drop_adapters(adapted: AdaptedModel, kept: set[str], journal: Journal) -> N
         adapted.restore(state.swapped)
         del adapted.root.__dict__[ATTRIBUTE]
         for key, parameter in named_parameters(adapted.root).items():
-            parameter.requires_grad_(state.requires_grad.get(key, False))
+            set_requires_grad(parameter, state.requires_grad.get(key, False))
         return
     for name in list(state.adapters):
         record = state.adapters[name]
@@ -236,16 +240,15 @@ def _drop_adapters(adapted: AdaptedModel, kept: set[str], journal: Journal) -> N
 
 
 def _is_bare(adapted: AdaptedModel, name: str) -> bool:
-    """Return whether a swapped module has no adapter, no norm to hold and no ``fuse`` to refuse."""
-    is_norm, fuses = name in adapted.state.norms, fusing_methods(adapted.module(name))
-    return adapted.slots(name).is_idle() and not is_norm and not fuses
+    """Return whether a swapped module has no adapter and no norm to hold."""
+    return adapted.slots(name).is_idle() and name not in adapted.state.norms
 
 
-def _write(part: _Part) -> None:
-    """Write the merged parts onto the target, in place."""
+def _write(part: _Part, taken: Set[str]) -> None:
+    """Write the merged parts onto the target, in place; ``taken`` are names that no new child may have."""
     target: Any = part.job.target
     if part.layer is None:
-        attach_chains(target, part.chains, beside=part.merged.beside, entry=part.job.entry)
+        attach_chains(target, part.chains, beside=part.merged.beside, entry=part.job.entry, taken=taken)
         return
     assert part.merged.kernel is not None
     layer: Any = part.layer

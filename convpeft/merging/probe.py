@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from ..convolution.comparison import compare
 from ..convolution.geometry import ConvGeometry, random_input
 from ..convolution.kernels import Chain, ConvKernel
-from ..errors import MergeError
-from ..hosts.chains import set_bias
-from ..hosts.modules import exact_copies
+from ..errors import ConvPeftError, MergeError
+from ..hosts.chains import attach_chains, set_bias
+from ..hosts.rewriting import mentioned
 from ..hosts.swap import plain_copy
+from ..hosts.trials import exact_copies, unobserved
 from .forms import Job, Merged
 
 
@@ -68,7 +69,7 @@ def probe(job: Job, merged: Merged) -> tuple[nn.Module | None, list[nn.Sequentia
         MergeError: if the two outputs differ by more than rounding; the text gives both numbers.
     """
     chains = [plain_chain(chain, job.target) for chain in merged.chains]
-    layer = None if merged.kernel is None else merged_layer(job.target, merged.kernel)
+    layer = None if merged.kernel is None else _merged_layer(job, merged.kernel)
     reference, candidate = _runs(job, merged, layer, chains)
     geometry = ConvGeometry.of(job.target) if merged.beside else job.adapters[0].site.geometry
     generator = torch.Generator().manual_seed(0)
@@ -78,10 +79,24 @@ def probe(job: Job, merged: Merged) -> tuple[nn.Module | None, list[nn.Sequentia
     return layer, chains
 
 
+def _merged_layer(job: Job, kernel: ConvKernel) -> nn.Module:
+    """Return the layer that takes the place of the adapted one.
+
+    Raises:
+        MergeError: if its class does not let itself be given another weight, bias or geometry.
+    """
+    try:
+        return merged_layer(job.target, kernel)
+    except ConvPeftError:
+        raise
+    except Exception as error:  # of the user's own class
+        raise MergeError(f"it cannot be given the merged weight: {type(error).__name__}: {error}") from error
+
+
 def _check_alike(reference: Callable[[Tensor], Tensor], candidate: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """Raise a MergeError if two functions of ``x`` differ by more than rounding."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unobserved():
             expected, got = reference(x), candidate(x)
     except Exception as error:  # the user's own layer: whatever it raises, the refusal says it
         raise MergeError(f"it failed when run alone on an input of shape {tuple(x.shape)}: {error}") from error
@@ -103,9 +118,9 @@ def _runs(
     adapted = exact_copies([job.layer])[0] if job.target is job.layer else _last_step(job)
     if layer is not None:
         return adapted, layer
-    bare = plain_copy(job.target)
-    bare.bias = None  # type: ignore[assignment]
-    return adapted, lambda x: _added(bare(x), chains, x)
+    chained = plain_copy(job.target)
+    attach_chains(chained, exact_copies(chains), beside=True, taken=mentioned(job.target))
+    return adapted, chained
 
 
 def _last_step(job: Job) -> Callable[[Tensor], Tensor]:

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_flatten
 
 from ..convolution.comparison import compare
 from ..errors import MergeError
-from ..hosts.modules import base_class, base_modules, deep_copy
+from ..hosts.modules import base_class, base_modules
+from ..hosts.trials import private_copy, unobserved
 from ..hosts.watching import watched_run
 from ..hosts.wrappers import inside
 from ..planning.bypasses import weight_readers
@@ -58,7 +59,7 @@ def _why(what: str) -> str:
 
 def double_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model in float64 and eval mode."""
-    return deep_copy(inside(model)).double().eval()
+    return private_copy(inside(model)).double().eval()
 
 
 def compare_outputs(adapted: nn.Module, merged: nn.Module, example_inputs: Any) -> None:
@@ -90,7 +91,7 @@ def _exact(value: Any) -> Any:
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """Return the tensors that a model gives, in float64; it may draw random numbers, the same each time."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), unobserved(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             output = call_example(model, example_inputs, _exact)

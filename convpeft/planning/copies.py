@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hosts.modules import base_modules, deep_copy
+from ..hosts.modules import base_modules
+from ..hosts.trials import private_copy, unobserved
 from ..hosts.uncompiled import uncompiled
 from .contracts import contract
 from .shapes import Latest
@@ -22,7 +23,7 @@ def quiet_copy(module: nn.Module) -> nn.Module:
     Hooks that belong to the model stay: those of libraries (``weight_norm``, pruning, a factored merge), and methods of
     its modules.
     """
-    copy = deep_copy(module)
+    copy = private_copy(module)
     for part in copy.modules():
         part.training = False
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
@@ -70,5 +71,5 @@ def layers_noted(copy: nn.Module) -> Iterator[list[Latest]]:
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Run without gradients, as written where parts are compiled, and leave the random numbers as they were."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), uncompiled():
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), uncompiled(), unobserved():
         yield

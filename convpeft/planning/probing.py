@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..convolution.comparison import compare
 from ..convolution.geometry import PLAIN_HOSTS, ConvGeometry, random_input
-from ..hosts.modules import base_class, deep_copy
+from ..hosts.modules import base_class
 from ..hosts.swap import plain_copy
+from ..hosts.trials import private_copy, unobserved
 
 
 def unlike_its_convolution(layer: nn.Module) -> str | None:
@@ -23,7 +24,7 @@ def unlike_its_convolution(layer: nn.Module) -> str | None:
     geometry = ConvGeometry.of(layer)
     smallest = _probe_size(geometry)
     sizes = range(smallest, smallest + max(geometry.stride))
-    plain = deep_copy(layer).to(device="cpu").eval()
+    plain = private_copy(layer).to(device="cpu").eval()
     return next(filter(None, (_unlike_at(plain, geometry, size) for size in sizes)), None)
 
 
@@ -42,7 +43,7 @@ def _unlike_at(plain: nn.Module, geometry: ConvGeometry, size: int) -> str | Non
 
 def _run_alone(plain: Any, x: Tensor) -> Any:
     """Return what a layer makes of ``x``, in float64, or in float32 where it knows no other (quantisation, say)."""
-    with torch.no_grad():
+    with torch.no_grad(), unobserved():
         try:
             return plain.to(dtype=torch.float64)(x)
         except Exception:
@@ -72,7 +73,7 @@ def unreadable(layer: nn.Module) -> str | None:
     generator = torch.Generator().manual_seed(0)
     x = random_input(geometry, _probe_size(geometry), generator)
     plain = plain_copy(layer)
-    with torch.no_grad():
+    with torch.no_grad(), unobserved():
         declared = geometry.convolve(x, geometry.as_kernel(plain.weight), plain.bias)
         try:
             own = plain(x)

@@ -151,9 +151,19 @@ def assert_passed_by(model, layers):
     assert same(outputs(model), expected)
 
 
-@pytest.mark.parametrize("rules", [(), (ON_BLOCKS,), (IN_HEAD,)], ids=["beside", "on-blocks", "in-head"])
-def test_ultralytics_own_fuse_is_refused_while_chains_are_there(rules):
+@pytest.mark.parametrize("rules", [(ON_BLOCKS,), (IN_HEAD,)], ids=["on-blocks", "in-head"])
+def test_ultralytics_own_fuse_is_right_where_it_passes_no_chain_by(rules):
     model = merged(*rules, form="factored")
+    expected = outputs(model, pictures(torch.float64))
+    own = copy.deepcopy(model)
+    own.fuse(verbose=False)
+    for got, wanted in zip(outputs(own, pictures(torch.float64)), expected, strict=True):
+        assert_relative(got, wanted)
+    assert norms(own) == 3
+
+
+def test_ultralytics_own_fuse_is_refused_while_chains_are_there():
+    model = merged(form="factored")
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)

@@ -134,7 +134,14 @@ HOOKS: dict[str, Callable[[], Any]] = {
     "changed when unpacked": lambda: saved_tensors_hooks(lambda t: t.detach() * 2, lambda t: t / 2),
 }
 WHERE = ("both", "activation", "layer")
-AROUND = ("nothing", "checkpoint of both", "checkpoint of the layer", "hook on the map", "forward hook", "backward hook")
+AROUND = (
+    "nothing",
+    "checkpoint of both",
+    "checkpoint of the layer",
+    "hook on the map",
+    "forward hook",
+    "backward hook",
+)
 KINDS: dict[str, dict[str, Any]] = {
     **{form: {"kind": "lora", "rank": 2, "evaluate": form} for form in ("auto", "separate", "summed", "weight")},
     "scaled": {"kind": "lora", "rank": 2, "alpha": 4},
