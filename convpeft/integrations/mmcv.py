@@ -6,6 +6,7 @@ mmcv is not imported here: like its own ``fuse_conv_bn``, this goes by the order
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from torch import nn
 

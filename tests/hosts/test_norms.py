@@ -8,6 +8,7 @@ import pytest
 import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.nn.utils import parametrize
 
 import convpeft
 from tests.cases import bits, same_bits
@@ -209,3 +210,103 @@ class TestResets:
         model(images(4))
         model.body[0].norm.running_var.zero_()
         assert same_bits(before, bits(convpeft.eject(model)))
+
+
+class Scaled(nn.BatchNorm2d):
+    """A norm whose weight is computed by a property, from a parameter that may train; its own weight stays unused."""
+
+    weight = property(lambda self: self._parameters["own"].exp())
+
+
+def with_a_property():
+    norm = nn.BatchNorm2d(4)
+    norm.own = nn.Parameter(torch.full((4,), 0.3))
+    norm.__class__ = Scaled
+    return norm
+
+
+class Exponential(nn.Module):
+    def forward(self, values):
+        return values.exp()
+
+
+def parametrised(name):
+    def make():
+        norm = nn.BatchNorm2d(4)
+        parametrize.register_parametrization(norm, name, Exponential())
+        return norm
+
+    return make
+
+
+def computed_before_each_pass():
+    """As torch.nn.utils.weight_norm does it: a plain attribute, set by a hook."""
+    norm = nn.BatchNorm2d(4)
+    norm.own = nn.Parameter(torch.full((4,), 0.3))
+    del norm.weight
+    norm.weight = norm.own.exp()
+    norm.register_forward_pre_hook(lambda module, args: setattr(module, "weight", module.own.exp()))
+    return norm
+
+
+def hidden_by_an_attribute():
+    norm = nn.BatchNorm2d(4)
+    norm.own = nn.Parameter(torch.full((4,), 0.3))
+    norm.register_forward_pre_hook(lambda module, args: module.__dict__.update(weight=module.own.exp()))
+    return norm
+
+
+def with_a_learnt_variance():
+    norm = nn.BatchNorm2d(4)
+    del norm.running_var
+    norm.running_var = nn.Parameter(torch.full((4,), 1.3))
+    return norm
+
+
+def with_a_computed_mean():
+    norm = nn.BatchNorm2d(4)
+    norm.own = nn.Parameter(torch.full((4,), 0.3))
+    norm.register_forward_pre_hook(lambda module, args: module._buffers.update(running_mean=module.own * 2))
+    return norm
+
+
+NOT_PLAIN = {
+    "weight": parametrised("weight"),
+    "bias": parametrised("bias"),
+    "property": with_a_property,
+    "hook": computed_before_each_pass,
+    "attribute": hidden_by_an_attribute,
+}
+LEARNT_STATISTICS = {
+    "parameter": with_a_learnt_variance,
+    "computed": with_a_computed_mean,
+}
+
+
+@pytest.mark.parametrize("make", NOT_PLAIN.values(), ids=NOT_PLAIN)
+def test_a_frozen_norm_whose_tensors_are_computed_gives_their_parameters_a_gradient(make):
+    found = []
+    for lean in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), make(), nn.Conv2d(4, 2, 1)).double()
+        convpeft.inject(model, {"rules": [{"match": "0", "kind": "lora"}]}, lean=lean)
+        own = [p for name, p in model[1].named_parameters() if "own" in name or "original" in name]
+        for parameter in own:
+            parameter.requires_grad_(True)
+        generator = torch.Generator().manual_seed(1)
+        model(torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=generator)).square().sum().backward()
+        found.append([parameter.grad for parameter in own])
+    assert len(found[0]) > 0
+    for expected, got in zip(*found, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("make", LEARNT_STATISTICS.values(), ids=LEARNT_STATISTICS)
+def test_statistics_that_should_learn_are_torchs_error_and_not_a_lost_gradient(make, lean):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), make(), nn.Conv2d(4, 2, 1))
+    convpeft.inject(model, {"rules": [{"match": "0", "kind": "lora"}]}, lean=lean)
+    model[1].requires_grad_(True)
+    with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'running_"):
+        model(torch.randn(2, 3, 4, 4))
