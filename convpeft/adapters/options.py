@@ -107,6 +107,10 @@ def _required(field: Any) -> bool:
 
 def fits(value: Any, hint: Any) -> bool:
     """Return whether a value read from a file has an annotated type; an int is a float too, a bool is neither."""
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is str or hint is bool:
+        return isinstance(value, hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return any(isinstance(value, type(argument)) and value == argument for argument in arguments)
@@ -117,8 +121,6 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and sized and all(fits(item, arguments[0]) for item in value)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
 
 

@@ -81,7 +81,12 @@ def add_to_entry(base: Any, output: Any, entry: Entry, function: Any) -> Any:
                 "'output: <index or key>' in the rule"
             )
         return output + function(base)
-    index = entry_index(output, entry)
+    index: Any = None if isinstance(output, Tensor) else entry_index(output, entry)
+    if not _has_entry(output, index):
+        raise HostError(
+            f"the module returned a {type(output).__name__}, which has no entry {entry!r}: 'output' in the rule, or in the "
+            "file, is for another module"
+        )
     if isinstance(output, dict):
         changed = output.copy()
         changed[index] = output[index] + function(base[index])
@@ -91,8 +96,22 @@ def add_to_entry(base: Any, output: Any, entry: Entry, function: Any) -> Any:
     return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)
 
 
+def _has_entry(output: Any, index: Any) -> bool:
+    if isinstance(output, dict):
+        return index in output
+    if isinstance(output, (tuple, list)):
+        return isinstance(index, int) and -len(output) <= index < len(output)
+    return not isinstance(output, Tensor)
+
+
 def entry_index(output: Any, entry: int | str) -> Any:
     """Return the index or key of an output's entry; a namedtuple's may be given by field, a ModelOutput's by index."""
-    if isinstance(entry, int) and hasattr(output, "to_tuple") and entry not in output:
+    if (
+        isinstance(entry, int)
+        and hasattr(output, "to_tuple")
+        and entry not in output
+        and -len(output) <= entry < len(output)
+    ):
         return list(output)[entry]
-    return output._fields.index(entry) if isinstance(entry, str) and hasattr(output, "_fields") else entry
+    named = isinstance(entry, str) and hasattr(output, "_fields") and entry in output._fields
+    return output._fields.index(entry) if named else entry

@@ -63,7 +63,11 @@ def _whole(digits: str) -> int:
 
 def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     """Return pairs as a dict, or raise a ValueError for a key said twice."""
-    found: dict[Any, Any] = {}
+    pairs = list(pairs)
+    found: dict[Any, Any] = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    found = {}
     for key, value in pairs:
         if key in found:
             raise ValueError(f"the key {shown(key)} is said twice in one mapping")
