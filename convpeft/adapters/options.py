@@ -14,6 +14,7 @@ from ..errors import OptionError, closest, shown
 MOST = 2**16  # of a rank and of all that sets the size of an adapter
 MOST_SIZES = 64  # branches or experts of an adapter
 _WIDEST = 2**17  # kernel size of a branch
+_MOST_WHOLE = 2**63 - 1  # of any whole number: tensors hold no more
 _LARGEST = 3.4e38  # of a number with a fraction: float32 holds no more
 
 
@@ -108,7 +109,7 @@ def _required(field: Any) -> bool:
 def fits(value: Any, hint: Any) -> bool:
     """Return whether a value read from a file has an annotated type; an int is a float too, a bool is neither."""
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and -_MOST_WHOLE <= value <= _MOST_WHOLE
     if hint is str or hint is bool:
         return isinstance(value, hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

@@ -28,7 +28,7 @@ def read_data(path: str | Path) -> Any:
         data = _read(path)
         check_data(data)
     except Exception as error:  # the constructors of YAML raise whatever comes: KeyError, IndexError, AttributeError
-        raise SpecError(f"{path} cannot be read as a spec: {brief(str(error))}") from error
+        raise SpecError(f"{brief(str(path))} cannot be read as a spec: {brief(str(error))}") from error
     return data
 
 
