@@ -14,6 +14,7 @@ from ..errors import OptionError, closest, shown
 MOST = 2**16  # of a rank and of all that sets the size of an adapter
 MOST_SIZES = 64  # branches or experts of an adapter
 _WIDEST = 2**17  # kernel size of a branch
+_MOST_WHOLE = 2**63 - 1  # of any whole number: tensors hold no more
 _LARGEST = 3.4e38  # of a number with a fraction: float32 holds no more
 
 
@@ -123,6 +124,10 @@ def _required(field: Any) -> bool:
 
 def fits(value: Any, hint: Any) -> bool:
     """Return whether a value read from a file has an annotated type; an int is a float too, a bool is neither."""
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and -_MOST_WHOLE <= value <= _MOST_WHOLE
+    if hint is str or hint is bool:
+        return isinstance(value, hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return any(isinstance(value, type(argument)) and value == argument for argument in arguments)
@@ -133,8 +138,6 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and sized and all(fits(item, arguments[0]) for item in value)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
 
 

@@ -187,6 +187,10 @@ def _check_tensors(modules: Mapping[str, nn.Module], sites: Sites, file: Adapter
 
 def _check_dtypes(modules: Mapping[str, nn.Module], sites: Sites, file: AdapterFile, path: Path) -> None:
     """Raise an AdapterFileError for a file with tensors that would not work beside one another."""
+    if len({saved for _, saved in file.tensors.values() if DTYPES[saved].is_floating_point}) < 2 and not _has_tried(
+        sites
+    ):
+        return
     problems: list[str] = []
     for layer in sites.layers:
         draft = sites.draft(layer.kind, layer.site, layer.options)
@@ -200,6 +204,10 @@ def _check_dtypes(modules: Mapping[str, nn.Module], sites: Sites, file: AdapterF
         own = {tensor_key(OWN, name, key): tensor for key, tensor in tensors_of(modules[name], BASE).items()}
         problems += mixed_dtypes(own, file.tensors, {})
     _raise(problems, path)
+
+
+def _has_tried(sites: Sites) -> bool:
+    return any(adapter_class(layer.kind).tries_itself for layer in sites.layers)
 
 
 def _raise(problems: list[str], path: Path) -> None:

@@ -177,6 +177,12 @@ def _entries(output: Any) -> str:
 
 def entry_index(output: Any, entry: int | str) -> Any:
     """Return the index or key of an output's entry; a namedtuple's may be given by field, a ModelOutput's by index."""
-    if isinstance(entry, int) and hasattr(output, "to_tuple") and entry not in output:
+    if (
+        isinstance(entry, int)
+        and hasattr(output, "to_tuple")
+        and entry not in output
+        and -len(output) <= entry < len(output)
+    ):
         return list(output)[entry]
-    return output._fields.index(entry) if isinstance(entry, str) and hasattr(output, "_fields") else entry
+    named = isinstance(entry, str) and hasattr(output, "_fields") and entry in output._fields
+    return output._fields.index(entry) if named else entry

@@ -28,7 +28,7 @@ def read_data(path: str | Path) -> Any:
         data = _read(path)
         check_data(data)
     except Exception as error:  # the constructors of YAML raise whatever comes: KeyError, IndexError, AttributeError
-        raise SpecError(f"{path} cannot be read as a spec: {brief(str(error))}") from error
+        raise SpecError(f"{brief(str(path))} cannot be read as a spec: {brief(str(error))}") from error
     return data
 
 
@@ -63,7 +63,11 @@ def _whole(digits: str) -> int:
 
 def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     """Return pairs as a dict, or raise a ValueError for a key said twice."""
-    found: dict[Any, Any] = {}
+    pairs = list(pairs)
+    found: dict[Any, Any] = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    found = {}
     for key, value in pairs:
         if key in found:
             raise ValueError(f"the key {shown(key)} is said twice in one mapping")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune, spectral_norm, weight_norm
 
 import convpeft
+from convpeft.hosts.forward import add_to_entry
 from tests.cases import OPTIONS, assert_relative, randomised
 
 PARALLEL = ["lora", "rep_mona", "moe_rep_mona", "conv_lora"]
@@ -295,3 +297,21 @@ def test_a_layer_that_is_called_twice_and_has_two_names_merges_once(layer):
     merged = convpeft.merge(model)
     assert merged["layer"] is merged["again"]
     assert_relative(merged["again"](merged["layer"](x)), model["again"](model["layer"](x)))
+
+
+@pytest.mark.parametrize(
+    ("output", "entry"),
+    [
+        (torch.ones(1, 2), "x"),
+        (torch.ones(1, 2), 0),
+        ((torch.ones(1, 2),), 1),
+        ((torch.ones(1, 2),), "x"),
+        ([torch.ones(1, 2)], -2),
+        ({"a": torch.ones(1, 2)}, "b"),
+        ({"a": torch.ones(1, 2)}, 0),
+        (collections.namedtuple("Pair", "a b")(torch.ones(1, 2), torch.ones(1, 2)), "c"),
+    ],
+)
+def test_an_entry_that_is_not_there_is_named(output, entry):
+    with pytest.raises(convpeft.HostError, match=f"returned a .*, which has no entry {entry!r}"):
+        add_to_entry(output, output, entry, lambda x: x)

@@ -265,6 +265,37 @@ def test_what_is_out_of_range_is_said_shortly(data, error, text):
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.parametrize(
+    "kind", ["lora", "rep_mona", "moe_rep_mona", "conv_lora", "bottleneck", "hierarchical", "mona"]
+)
+def test_any_value_of_any_option_of_any_kind(kind):
+    from convpeft.adapters.registry import adapter_class
+
+    options = adapter_class(kind).Options.__dataclass_fields__
+    for name in options:
+        for value in VALUES.values():
+            refusal_of(Spec.from_dict, {"rules": [{"match": "box", "kind": kind, name: value}]})
+        digits = {"rules": [{"match": "box", "kind": kind, name: 10**6000}]}
+        assert name in refusal_of(Spec.from_dict, digits)
+
+
+@pytest.mark.parametrize("option", ["r", "alpha", "init_weights", "dropout", "nothing"])
+def test_any_value_of_the_options_of_peft(option):
+    from convpeft.adapters.peft_kinds.kinds import peft_methods
+
+    assert "loha" in peft_methods()  # imported: that takes longer than a refusal may
+    for value in VALUES.values():
+        refusal_of(Spec.from_dict, {"rules": [{"match": "box", "kind": "peft:loha", option: value}]})
+    assert "peft:x" in refusal_of(Spec.from_dict, {"rules": [{"match": "box", "kind": "peft:" + "x" * 100_000}]})
+
+
+def test_a_path_that_is_none_is_refused_shortly(model):
+    for path in ("x" * 100_000, "a\0b", "", "."):
+        text = refusal_of(convpeft.plan, model, path)
+        assert "cannot be read as a spec" in text
+        assert len(text) < 1000
+
+
 def test_values_are_shown_as_python_does_and_cut_when_they_are_long():
     for value in (3, "a", [3], (3,), (), {}, [], {"a": [1, (2, "x")]}, None, 2.5, b"x", [[[]]]):
         assert shown(value) == repr(value)

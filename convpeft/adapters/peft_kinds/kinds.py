@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...convolution.geometry import ConvGeometry
 from ...convolution.kernels import Chain, ConvKernel
-from ...errors import NotMergeable, UnknownKind, closest
+from ...errors import NotMergeable, UnknownKind, brief, closest, shown
 from ..base import Adapter, Host, Site
 from ..options import AdapterOptions, probability
 from .layers import Change, build_layer, change_of, peft_config, peft_types
@@ -65,7 +65,7 @@ class PeftOptions(AdapterOptions):
         """Yield a sentence for each value that is out of range; peft checks its own last."""
         yield from probability(self, "dropout")
         large = [name for name, value in self.settings().items() if isinstance(value, int) and value > _MOST]
-        yield from (f"{name} must be at most {_MOST:,}, not {getattr(self, name):,}" for name in large)
+        yield from (f"{name} must be at most {_MOST:,}, not {shown(getattr(self, name))}" for name in large)
         if getattr(self, "boft_n_butterfly_factor", 1) != 1:
             yield "boft_n_butterfly_factor must be 1: more needs a CUDA extension that peft compiles on the spot"
         if self.method == "adalora":
@@ -73,8 +73,8 @@ class PeftOptions(AdapterOptions):
         elif not large:
             try:
                 peft_config(self.method, self.settings())
-            except (ValueError, TypeError, ImportError) as error:
-                yield f"peft refuses these options: {error}"
+            except Exception as error:  # whatever peft raises for values that it does not expect
+                yield f"peft refuses these options: {brief(str(error)) or type(error).__name__}"
 
     def __reduce__(self) -> Any:
         return _options_of, (self.method, {field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
@@ -157,7 +157,7 @@ def peft_adapter(method: str) -> type[Adapter]:
 
         near = closest(method, known)
         raise UnknownKind(
-            f"unknown kind 'peft:{method}'. {f'Closest: {near}. ' if near else ''}"
+            f"unknown kind {shown('peft:' + method)}. {f'Closest: {near}. ' if near else ''}"
             f"The installed peft {peft.__version__} has: {', '.join(known)}."
         )
     body = {
