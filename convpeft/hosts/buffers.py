@@ -36,12 +36,13 @@ from .kept import (
 from .slots import BASE, KEPT, SLOT, STASH, base_class, slots_of
 
 
-def remember(modules: Iterable[nn.Module], phase: Phase) -> None:
+def remember(modules: Iterable[nn.Module], phase: Phase) -> list[nn.Module]:
     """Let each of the user's modules that has buffers, or may make some, remember those of the base, in place.
 
-    What a module remembers already stays. Classes of torch make no buffers later and keep nothing beside them.
+    Returns those that did not remember any before; what others remember stays. Classes of torch make no buffers later and keep nothing beside them.
     """
     copies: dict[int, Tensor] = {}  # a buffer that two modules share stays one
+    added: list[nn.Module] = []
     with torch.inference_mode(False), torch.no_grad():
         for module in modules:
             phase.trained |= module.training
@@ -65,11 +66,13 @@ def remember(modules: Iterable[nn.Module], phase: Phase) -> None:
             if base and not is_norm_like(base):  # norms are held, and have a class of ours
                 module._register_state_dict_hook(_mark)
                 module._register_load_state_dict_pre_hook(load_buffers, with_module=True)
+            added.append(module)
+    return added
 
 
-def forget(root: nn.Module) -> None:
+def forget(modules: Iterable[nn.Module]) -> None:
     """Drop what modules remember of their buffers, in place; what they show now is all there is."""
-    for module in users_modules(root):
+    for module in modules:
         if module.__dict__.pop(KEPT, None) is None:
             continue
         for hooks in (module._load_state_dict_pre_hooks, module._state_dict_hooks):

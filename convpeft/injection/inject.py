@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..hosts.buffers import drop, forget, put_away
+from ..hosts.kept import users_modules
 from ..hosts.model import ATTRIBUTE, AdaptedModel, unwrapped
 from ..hosts.modules import base_modules
 from ..hosts.records import AdapterRecord
@@ -84,7 +85,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
         train_only(adapted, state.active)
         return model
     put_away(adapted.root, state.phase, held=True)
-    forget(adapted.root)
+    forget(users_modules(adapted.root))
     adapted.restore(list(state.swapped))
     del adapted.root.__dict__[ATTRIBUTE]
     parameters = dict(adapted.root.named_parameters(remove_duplicate=False))

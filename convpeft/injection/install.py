@@ -119,7 +119,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
             raise HostError(f"{key or '(root)'} ({base_class(module).__name__}): {refusal}")
     model.require_hosts()
     try:
-        remember([module for _, module in modules], state.phase)
+        before.remembered = remember([module for _, module in modules], state.phase)
         present = set(state.swapped)
         for key, module in wanted.items():
             adapt(module)
@@ -169,6 +169,7 @@ class Rollback:
         self.root, self.model = root, model
         self.active, self.trained = ((), ()) if model is None else (model.state.active, model.state.trained)
         self.requires_grad = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+        self.remembered: list[nn.Module] = []
         slots = {id(module): slots_of(module) for _, module in modules}
         self.lean = {key: each.lean for key, each in slots.items() if each is not None}
 
@@ -180,7 +181,7 @@ class Rollback:
             drop(self.root, name)
         else:
             put_away(self.root, Phase(own=True))
-            forget(self.root)
+        forget(self.remembered)
         for key, module in unique_modules(self.root):
             slots = slots_of(module)
             if slots is None:
