@@ -83,9 +83,9 @@ def remember(modules: Iterable[nn.Module], phase: Phase, journal: Journal) -> No
                 module._register_load_state_dict_pre_hook(_on_load, with_module=True)
 
 
-def forget(root: nn.Module) -> None:
+def forget(modules: Iterable[nn.Module]) -> None:
     """Drop what modules remember of their buffers, in place; what they show now is all there is."""
-    for module in users_modules(root):
+    for module in modules:
         if module.__dict__.pop(KEPT, None) is None:
             continue
         for hooks in (module._load_state_dict_pre_hooks, module._state_dict_hooks):

@@ -10,6 +10,7 @@ from torch import nn
 from ..convolution.precision import floating_dtype
 from ..hosts.buffers import drop, forget, note_buffers, put_away
 from ..hosts.journal import Journal, named_parameters
+from ..hosts.kept import users_modules
 from ..hosts.model import ATTRIBUTE, AdaptedModel, whole
 from ..hosts.modules import base_modules
 from ..hosts.records import AdapterRecord
@@ -124,7 +125,7 @@ def _give_back(adapted: AdaptedModel, journal: Journal) -> None:
     """Give all modules their classes and buffers back, and all parameters their ``requires_grad``, in place."""
     state = adapted.state
     put_away(adapted.root, state.phase, held=True)
-    forget(adapted.root)
+    forget(users_modules(adapted.root))
     adapted.restore(list(state.swapped))
     del adapted.root.__dict__[ATTRIBUTE]
     for key, parameter in named_parameters(adapted.root):

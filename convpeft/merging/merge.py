@@ -220,7 +220,7 @@ def _drop_adapters(adapted: AdaptedModel, kept: set[str], journal: Journal) -> N
                 adapted.slots(key).take_out(name)
     for key in state.swapped:
         keep_shown(adapted.module(key))
-    forget(adapted.root)
+    forget(users_modules(adapted.root))
     if not kept:
         adapted.restore(state.swapped)
         del adapted.root.__dict__[ATTRIBUTE]
