@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .records import ModelState
 from .slots import SLOT, base_class, slots_of
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -81,17 +82,23 @@ def deep_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
     """Return a deep copy, also of a module that keeps a tensor of autograd's graph, which ``copy.deepcopy`` refuses.
 
     ``weight_norm``, ``spectral_norm`` and ``prune`` of ``torch.nn.utils`` keep the weight of the last pass as a plain
-    attribute and compute it anew before each pass; the copy starts with its value, outside the graph.
+    attribute and compute it anew before each pass; the copy starts with its value, outside the graph. A part of an adapted
+    model is copied without the records of the model.
 
     Args:
         module: stays as it is.
         memo: of ``copy.deepcopy``: what each object became, by ``id``.
     """
     memo = {} if memo is None else memo
-    for part in module.modules():
+    parts = list(module.modules())
+    records = {id(slots.state) for part in parts if (slots := slots_of(part)) is not None}
+    for part in parts:
         for value in part.__dict__.values():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
+            elif isinstance(value, ModelState):
+                records.discard(id(value))
+    memo.update(dict.fromkeys(records))
     return copy.deepcopy(module, memo)
 
 

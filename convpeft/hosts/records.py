@@ -57,6 +57,7 @@ class ModelState:
         norms: names of all BatchNorm-like modules.
         held: whether these are held in eval mode now; None before the first switch.
         routed: names of the adapters that samples go through inside ``route``; else None.
+        in_training: names of the swapped modules that were last asked to be in training mode.
         resting: how many blocks of ``using`` are open: inside one, nothing has to train.
     """
 
@@ -68,6 +69,7 @@ class ModelState:
     norms: list[str] = field(default_factory=list)
     held: bool | None = None
     routed: tuple[str, ...] | None = None
+    in_training: set[str] = field(default_factory=set)
     resting: int = 0
 
     @property

@@ -21,7 +21,7 @@ from .checkpoints import Load, load_slots, split_off
 from .children import hide, hide_again, is_walk, take_away
 from .forward import adapted_output, convolved
 from .guards import fusing_methods, refuse_another_bias, refusing, swap_refusal
-from .keeping import kept_training, overrides_train, require_training
+from .keeping import kept_training, note_mode, overrides_train, require_training
 from .modules import exact_copies
 from .slots import HOME, SLOT, Slots, Swapped, base_class, slots_of
 from .unfrozen import keep_shown, swap_in
@@ -59,7 +59,7 @@ class Adapted(Swapped):
     def adapted_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's own output with the active adapters added."""
         slots = self._convpeft
-        if slots.training and (slots.active or slots.shown is not None):
+        if slots.active or slots.shown is not None:
             require_training(self, slots)  # type: ignore[arg-type]
         own, left = self._own(args[0] if args else kwargs.get("input"), slots)
         if own is None:
@@ -80,6 +80,7 @@ class Adapted(Swapped):
             return super().train(*args, **kwargs)  # type: ignore[misc]
         slots.wanted_training = mode
         slots.train(mode)
+        note_mode(slots, mode)
         with kept_training(self, mode) if self.has_own_train else nullcontext():  # type: ignore[arg-type]
             super().train(*args, **kwargs)  # type: ignore[misc]
         if slots.held:

@@ -11,6 +11,7 @@ from ..adapters.base import Adapter
 from ..adapters.registry import make_adapter
 from ..errors import HostError, StateError
 from ..hosts.guards import can_be_lean, fusing_methods, swap_refusal
+from ..hosts.keeping import note_mode
 from ..hosts.model import ATTRIBUTE, AdaptedModel
 from ..hosts.modules import device_and_dtype, is_batchnorm_like, is_within, unique_modules
 from ..hosts.records import AdapterRecord, ModelState
@@ -124,6 +125,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
         for key in state.swapped:
             slots = model.slots(key)
             slots.lean, slots.state, slots.key = lean, state, key
+            note_mode(slots, slots.wanted_training)
         state.adapters[name] = record
         root.__dict__[ATTRIBUTE] = state
         for parameter in root.parameters():
