@@ -124,7 +124,9 @@ class TestLacking:
 
     def test_foreign_tensors_are_unexpected(self):
         state = adapted("0", name="other").state_dict()
-        with pytest.raises(RuntimeError, match=r'Missing(.|\n)*"0\.convpeft\.default\.down"(.|\n)*Unexpected(.|\n)*other'):
+        with pytest.raises(
+            RuntimeError, match=r'Missing(.|\n)*"0\.convpeft\.default\.down"(.|\n)*Unexpected(.|\n)*other'
+        ):
             adapted("0").load_state_dict(state, strict=True)
 
 
