@@ -20,7 +20,8 @@ class Branch(nn.Module):
 
     Args:
         geometry: of the convolution, depthwise: as many groups as channels.
-        norm: add a BatchNorm after the convolution; its statistics belong to the adapter and are folded in a merge.
+        norm: add a BatchNorm after the convolution; its statistics belong to the adapter and are folded in a merge. It is
+            torch's own, for ``SyncBatchNorm.convert_sync_batchnorm`` has to find it.
         bias: add a bias to the convolution.
     """
 

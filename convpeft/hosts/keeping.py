@@ -27,6 +27,12 @@ def overrides_train(module: nn.Module | type) -> bool:
     return not owner.__module__.startswith("torch.")
 
 
+def note_mode(slots: Slots, mode: bool) -> None:
+    """Note in the records that a swapped module is in training mode now, or no longer, in place."""
+    if slots.state is not None:
+        (slots.state.in_training.add if mode else slots.state.in_training.discard)(slots.key)
+
+
 @contextmanager
 def kept_training(module: nn.Module, mode: bool) -> Iterator[None]:
     """Let what trains in a module and below be as before when the block ends, which sets the training mode ``mode``.
@@ -43,6 +49,7 @@ def kept_training(module: nn.Module, mode: bool) -> Iterator[None]:
     for host, slots in hosts:
         if _trained(slots):
             slots.train(mode)
+            note_mode(slots, mode)
             if slots.shown is not None and not slots.held and is_batchnorm_like(host):
                 host.training = slots.wanted_training = mode
 
@@ -69,9 +76,11 @@ def require_training(module: nn.Module, slots: Slots) -> None:
     Raises:
         StateError: naming the layer and the adapter.
     """
-    state = slots.state
-    if state is None or not state.trained or not torch.is_grad_enabled() or is_compiling():
+    if not torch.is_grad_enabled() or is_compiling():
         return
+    state = slots.state
+    if state is None or not state.trained or not (slots.training or state.in_training):
+        return  # a stage in eval mode counts while the rest of the model trains
     for name in _trained(slots):
         adapter = slots._modules.get(name)
         quick = adapter is None or _trains(adapter)  # as good as always

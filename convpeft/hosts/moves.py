@@ -27,6 +27,7 @@ def follow_moves(root: nn.Module, state: ModelState) -> None:
         record.layers = {now.get(key, key): layer for key, layer in record.layers.items()}
         record.owned = {now.get(key, key): lr_mult for key, lr_mult in record.owned.items()}
     state.swapped = [now[key] for key in state.swapped if key in now]
+    state.in_training = {now[key] for key in state.in_training if key in now}
     state.norms = [now[key] for key in state.norms if key in now]
     state.requires_grad = {_renamed(key, now): flag for key, flag in state.requires_grad.items()}
     for name, slots in found.items():

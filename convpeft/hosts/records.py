@@ -81,6 +81,7 @@ class ModelState:
         blocks: the ``with`` blocks that the model is in, the innermost last. A copy is in none.
         journal: of the change that is being made; else None.
         trains_outside: the names that train again after ``route``, inside it and in copies made there; else None.
+        in_training: names of the swapped modules that were last asked to be in training mode.
     """
 
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
@@ -95,6 +96,7 @@ class ModelState:
     blocks: tuple[Any, ...] = ()
     journal: Any = None
     trains_outside: tuple[str, ...] | None = None
+    in_training: set[str] = field(default_factory=set)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle takes along: it is outside of every block."""

@@ -23,7 +23,7 @@ from .children import hide, hide_again, is_walk, take_away
 from .copies import reduced, self_copying
 from .forward import adapted_output, convolved
 from .guards import RESETS, Guard, refuse_another_parameter, release, swap_refusal, unless_held
-from .keeping import kept_training, overrides_train, require_training
+from .keeping import kept_training, note_mode, overrides_train, require_training
 from .slots import HOME, SLOT, Slots, Swapped, base_class, slots_of
 from .trainers import guard_trainers
 from .trials import exact_copies
@@ -62,7 +62,7 @@ class Adapted(Swapped):
     def adapted_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's own output with the active adapters added."""
         slots = self._convpeft
-        if slots.training and (slots.active or slots.shown is not None):
+        if slots.active or slots.shown is not None:
             require_training(self, slots)  # type: ignore[arg-type]
         own, left = self._own(args[0] if args else kwargs.get("input"), slots)
         if own is None:
@@ -85,6 +85,7 @@ class Adapted(Swapped):
             slots.phase.trained = True
         slots.wanted_training = mode
         slots.train(mode)
+        note_mode(slots, mode)
         with kept_training(self, mode) if self.has_own_train else nullcontext():  # type: ignore[arg-type]
             super().train(*args, **kwargs)  # type: ignore[misc]
         if slots.held:

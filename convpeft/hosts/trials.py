@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
+from .records import ATTRIBUTE
+from .slots import slots_of
+
 Module = TypeVar("Module", bound=nn.Module)
 _PLAIN = (str, bytes, int, float, bool, complex, type(None))  # what holds nothing
 
@@ -23,7 +26,8 @@ def deep_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
 
     ``weight_norm``, ``spectral_norm`` and ``prune`` of ``torch.nn.utils`` keep the weight of the last pass as a plain
     attribute and compute it anew before each pass; others keep feature maps in lists, dicts or objects of their own. The
-    copy starts with their values, outside the graph. Its tensors are normal ones, also inside ``torch.inference_mode``.
+    copy starts with their values, outside the graph. Its tensors are normal ones, also inside ``torch.inference_mode``. A
+    part of an adapted model is copied without the records of the model.
 
     Args:
         module: stays as it is.
@@ -31,6 +35,7 @@ def deep_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
     """
     memo = {} if memo is None else memo
     with torch.inference_mode(False):
+        memo.update(dict.fromkeys(_records_elsewhere(module)))
         for tensor in _graph_tensors([part.__dict__ for part in module.modules()]):
             memo[id(tensor)] = tensor.detach().clone()
         start = dict(memo)
@@ -43,6 +48,13 @@ def deep_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
             memo.clear()
             memo.update({**start, **{id(hook): hook for hook in shared}})
             return copy.deepcopy(module, memo)
+
+
+def _records_elsewhere(module: nn.Module) -> set[int]:
+    """Return the ``id`` of records that modules refer to and that belong to a model around them."""
+    parts = list(module.modules())
+    known = {id(slots.state) for part in parts if (slots := slots_of(part)) is not None and slots.state is not None}
+    return known - {id(part.__dict__.get(ATTRIBUTE)) for part in parts}
 
 
 def _hooks(module: nn.Module) -> list[dict[int, Any]]:

@@ -14,6 +14,7 @@ from ..errors import HostError, StateError
 from ..hosts.buffers import adopt, give, remember
 from ..hosts.guards import can_be_lean, swap_refusal
 from ..hosts.journal import Journal, all_parameters, named_parameters
+from ..hosts.keeping import note_mode
 from ..hosts.model import AdaptedModel
 from ..hosts.modules import device_and_dtype, is_batchnorm_like, is_within, unique_modules
 from ..hosts.records import AdapterRecord, ModelState
@@ -138,6 +139,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
         for key in state.swapped:
             slots = model.slots(key)
             slots.lean, slots.state, slots.key, slots.phase = lean, state, key, state.phase
+            note_mode(slots, slots.wanted_training)
         state.adapters[name] = record
         for parameter in all_parameters(root):
             journal.require_grad(parameter, False)

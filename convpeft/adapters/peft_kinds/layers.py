@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ...convolution.geometry import ConvGeometry
 from ...errors import OptionError
+from ..layers import Affine, Filter
 
+_OWN_CLASSES: dict[type, type] = {nn.Linear: Affine, nn.Conv2d: Filter}
 ADAPTER = "default"  # the name peft gives the one adapter in each layer
 
 
@@ -127,13 +129,15 @@ def without_host(wrapped: nn.Module) -> nn.Module:
     """Remove the host's parameters from a wrapped layer, in place, and return the layer with the method's own left.
 
     ``base_layer`` stays as an attribute that peft's methods can read, but no longer as a submodule, and its weight and
-    bias are meta tensors.
+    bias are meta tensors. The method's own layers get the classes of ``adapters.layers``, which nobody else looks for.
     """
     base: Any = wrapped._modules.pop("base_layer")
     for name in ("weight", "bias"):
         tensor = base._parameters.pop(name)
         base.__dict__[name] = torch.empty_like(tensor.detach(), device="meta")
     wrapped.__dict__["base_layer"] = base
+    for part in wrapped.modules():
+        part.__class__ = _OWN_CLASSES.get(type(part), type(part))
     return wrapped
 
 
