@@ -75,7 +75,10 @@ def _computes_tensors(module_class: type) -> bool:
 
 def _holds_plainly(layer: Any) -> bool:
     """Return whether a layer's weight and bias are what it is registered with, so that nothing computes them."""
-    own, other = layer._parameters, layer.__dict__  # a tensor computed by a hook or a parametrisation is not in the first
+    own, other = (
+        layer._parameters,
+        layer.__dict__,
+    )  # a tensor computed by a hook or a parametrisation is not in the first
     return "weight" in own and "bias" in own and "weight" not in other and "bias" not in other
 
 

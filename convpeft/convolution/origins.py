@@ -117,7 +117,9 @@ def _same_bits(again: Tensor, x: Tensor) -> bool:
     if again.dtype != x.dtype or again.shape != x.shape:
         return False
     dense = again.is_contiguous() or again.is_contiguous(memory_format=torch.channels_last)
-    whole = all((count * x.element_size()) % 8 == 0 for count in (x.numel(), x.storage_offset(), again.storage_offset()))
+    whole = all(
+        (count * x.element_size()) % 8 == 0 for count in (x.numel(), x.storage_offset(), again.storage_offset())
+    )
     if again.stride() != x.stride() or not dense or not whole:
         return torch.equal(again, x)
     return torch.equal(_as_words(again), _as_words(x))

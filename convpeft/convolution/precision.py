@@ -45,7 +45,9 @@ def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         return dtype  # type: ignore[return-value]
     if isinstance(dtype, str) and dtype.removeprefix("torch.") in known:
         return known[dtype.removeprefix("torch.")]
-    raise OptionError(f"dtype must be one of {', '.join(known)} (or None: the base's), not {dtype!r}; the model is unchanged")
+    raise OptionError(
+        f"dtype must be one of {', '.join(known)} (or None: the base's), not {dtype!r}; the model is unchanged"
+    )
 
 
 def in_dtype(tensor: Any, dtype: torch.dtype | None) -> Any:

@@ -72,7 +72,9 @@ def test_float32_adapters_on_a_half_base_compute_what_float64_does(rule, half, a
         output = model(images(half))
     assert output.dtype == half
     wanted = exact(images(half).double())
-    assert float((output.double() - wanted).detach().abs().max()) < 12 * torch.finfo(half).eps * float(wanted.detach().abs().max())
+    assert float((output.double() - wanted).detach().abs().max()) < 12 * torch.finfo(half).eps * float(
+        wanted.detach().abs().max()
+    )
     output.double().square().sum().backward()
     wanted.square().sum().backward()
     largest = max(float(p.grad.abs().max()) for p in exact.parameters() if p.requires_grad)
@@ -137,7 +139,10 @@ def test_small_steps_are_not_lost():
 
 def test_a_gradient_scaler_takes_them():
     model = adapted(KINDS["lora"], torch.float16)
-    optimizer, scaler = torch.optim.SGD(convpeft.param_groups(model, lr=0.1)), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer, scaler = (
+        torch.optim.SGD(convpeft.param_groups(model, lr=0.1)),
+        torch.amp.GradScaler("cpu", init_scale=4.0),
+    )
     output = model(images(torch.float16)).float().sum()
     scaler.scale(output).backward()
     before = dict(model.named_parameters())["2.convpeft.default.up"].detach().clone()

@@ -56,7 +56,9 @@ class TestOrigin:
             source = source.transpose(2, 3)
         x = F.hardswish(source if layout != "not a number" else source / 0)
         origin = origin_of(x)
-        assert origin is not None or (layout == "not a number" and shape[1] == 3)  # words of eight bytes compare all bits
+        assert origin is not None or (
+            layout == "not a number" and shape[1] == 3
+        )  # words of eight bytes compare all bits
         assert origin is None or torch.equal(origin.remake(origin.source).nan_to_num(), x.nan_to_num())
 
     @pytest.mark.parametrize(
@@ -83,9 +85,7 @@ class TestOrigin:
         assert origin_of(x) is None
 
     @pytest.mark.parametrize("inplace", [False, True])
-    @pytest.mark.parametrize(
-        "before", [lambda x: x * 1, torch.clone, lambda x: x.clone().add_(1), lambda x: x.add_(1)]
-    )
+    @pytest.mark.parametrize("before", [lambda x: x * 1, torch.clone, lambda x: x.clone().add_(1), lambda x: x.add_(1)])
     def test_there_is_none_for_a_map_that_was_written_to_under_no_grad(self, before, inplace):
         x = F.silu(before(torch.randn(2, 3, 5, 5, requires_grad=True) * 1), inplace=inplace)
         with torch.no_grad():

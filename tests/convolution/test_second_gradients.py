@@ -34,7 +34,14 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 def net(rule: dict[str, Any], act: Callable[[], nn.Module] = nn.SiLU, lean: bool = True) -> nn.Sequential:
     """Return a frozen layer, a norm, an activation and two layers, with adapters on the layers."""
     torch.manual_seed(0)
-    parts = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), act(), nn.Conv2d(4, 6, 3, padding=1), act(), nn.Conv2d(6, 4, 1)]
+    parts = [
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        act(),
+        nn.Conv2d(4, 6, 3, padding=1),
+        act(),
+        nn.Conv2d(6, 4, 1),
+    ]
     model = nn.Sequential(*parts).double().train()
     convpeft.inject(model, {"rules": [{"match": "**", "only": "Conv2d", **rule}]}, lean=lean)
     return randomised(model)
@@ -171,7 +178,9 @@ class TestBatchesOfGradients:
 
     def test_jacobians_of_functorch(self, rule):
         def ask(model, x):
-            return [make(lambda x: model(x).flatten()[:3])(x.detach()) for make in (torch.func.jacrev, torch.func.jacfwd)]
+            return [
+                make(lambda x: model(x).flatten()[:3])(x.detach()) for make in (torch.func.jacrev, torch.func.jacfwd)
+            ]
 
         agree(ask, rule)
 

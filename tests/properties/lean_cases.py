@@ -134,7 +134,14 @@ HOOKS: dict[str, Callable[[], Any]] = {
     "changed when unpacked": lambda: saved_tensors_hooks(lambda t: t.detach() * 2, lambda t: t / 2),
 }
 WHERE = ("both", "activation", "layer")
-AROUND = ("nothing", "checkpoint of both", "checkpoint of the layer", "hook on the map", "forward hook", "backward hook")
+AROUND = (
+    "nothing",
+    "checkpoint of both",
+    "checkpoint of the layer",
+    "hook on the map",
+    "forward hook",
+    "backward hook",
+)
 KINDS: dict[str, dict[str, Any]] = {
     **{form: {"kind": "lora", "rank": 2, "evaluate": form} for form in ("auto", "separate", "summed", "weight")},
     "scaled": {"kind": "lora", "rank": 2, "alpha": 4},
@@ -273,9 +280,9 @@ def _asked(order: str, output: Tensor, wanted: list[Tensor]) -> list[Tensor]:
 def expected(case: Case) -> dict[str, Tensor] | str:
     """Return the same of a net with ``lean=False`` that recomputes no input; second gradients by torch's operations only."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(nodes, "origin_of", lambda x: None))
+        stack.enter_context(mock.patch.object(nodes, "origin_of", return_value=None))
         if case.order != "first":
-            stack.enter_context(mock.patch.object(nodes, "is_eager", lambda: False))
+            stack.enter_context(mock.patch.object(nodes, "is_eager", return_value=False))
         return gradients(case, lean=False)
 
 

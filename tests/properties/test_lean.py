@@ -20,7 +20,9 @@ BLOCK = 100
 @pytest.fixture(autouse=True)
 def _quiet():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of fallbacks for batches, of non-leaves and of hooks without effect
+        warnings.simplefilter(
+            "ignore"
+        )  # torch warns of fallbacks for batches, of non-leaves and of hooks without effect
         yield
 
 
