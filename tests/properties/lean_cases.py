@@ -280,9 +280,9 @@ def _asked(order: str, output: Tensor, wanted: list[Tensor]) -> list[Tensor]:
 def expected(case: Case) -> dict[str, Tensor] | str:
     """Return the same of a net with ``lean=False`` that recomputes no input; second gradients by torch's operations only."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(nodes, "origin_of", lambda x: None))
+        stack.enter_context(mock.patch.object(nodes, "origin_of", return_value=None))
         if case.order != "first":
-            stack.enter_context(mock.patch.object(nodes, "is_eager", lambda: False))
+            stack.enter_context(mock.patch.object(nodes, "is_eager", return_value=False))
         return gradients(case, lean=False)
 
 
