@@ -76,7 +76,8 @@ def guard(module: nn.Module, slots: Any = None) -> None:
     if isinstance(module, (Guard, torch.jit.ScriptModule)):
         return
     try:
-        module.__class__ = guarded_class(type(module))
+        own: Any = type(module)
+        module.__class__ = guarded_class(own)
     except TypeError:  # its class has a layout of its own
         return
 

@@ -43,7 +43,7 @@ def rewriting_methods(modules: Sequence[nn.Module], below: Set[str]) -> list[set
         modules: whose classes are read, each behind those above it.
         below: the names that children have, anywhere in the model.
     """
-    owners = [base_class(module) for module in modules]
+    owners: list[Any] = [base_class(module) for module in modules]
     in_forward = frozenset().union(*(_named_in_forward(owner) for owner in owners))
     found: dict[Any, set[str]] = {}
     for owner in owners:

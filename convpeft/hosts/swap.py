@@ -249,7 +249,8 @@ def hold(module: nn.Module, held: bool) -> None:
 def _adapt_again(module: Any, slots: Slots | None) -> None:
     """Give a bare copy of a swapped module the class and the child that its original has, in place."""
     if slots is not None and slots_of(module) is None:
-        module.__class__ = adapted_class(type(module))
+        own: Any = type(module)
+        module.__class__ = adapted_class(own)
         module._modules[SLOT] = slots
 
 

@@ -6,6 +6,7 @@ mmcv is not imported here: like its own ``fuse_conv_bn``, this goes by the order
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from torch import nn
 
@@ -50,7 +51,7 @@ def fuse_conv_bn(model: nn.Module) -> nn.Module:
     try:
         for parent, conv, norm, key in pairs.values():
             fold(conv, norm)
-            parent._modules[key] = nn.Identity().train(norm.training)
+            parent.add_module(key, nn.Identity().train(norm.training))
     except BaseException:
         before.restore()
         raise
@@ -84,7 +85,7 @@ def _pairs(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Conv2d, nn.Module,
 
 def _may_pair(conv: nn.Conv2d, norm: nn.Module, uses: Counter[int]) -> bool:
     """Return whether a norm may go into a convolution: both used once, and the convolution no more than one."""
-    base = base_class(conv)
+    base: Any = base_class(conv)
     plain = base.forward is nn.Conv2d.forward and base._conv_forward is nn.Conv2d._conv_forward
     once = uses[id(conv)] == uses[id(norm)] == 1
     return plain and once and (may_fold(conv, norm) or not _is_clear(conv, norm))

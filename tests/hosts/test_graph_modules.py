@@ -137,7 +137,9 @@ def test_an_adapter_on_the_graphs_own_output():
 def test_a_chain_on_the_graphs_own_output_is_refused():
     model = fx.symbolic_trace(Block()).double().eval()
     convpeft.inject(model, {"rules": [{"match": "", "kind": "rep_mona", "place": "output", "channels": 4, "rank": 2}]})
-    with pytest.raises(convpeft.MergeError, match=r"torch\.fx GraphModule, whose copies lose what its graph does not name"):
+    with pytest.raises(
+        convpeft.MergeError, match=r"torch\.fx GraphModule, whose copies lose what its graph does not name"
+    ):
         convpeft.merge(model)
 
 

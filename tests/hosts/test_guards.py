@@ -38,7 +38,9 @@ def test_the_error_says_what_would_go_where(place):
     text = r"^replace: putting a Conv2d in the place of 'conv' of this Block would lose the adapters of 'conv'\. Call"
     with pytest.raises(convpeft.HostError, match=text):
         replace(model[1])
-    with pytest.raises(convpeft.HostError, match=r"deleting '1' of this Sequential would lose the adapters of '1\.conv'"):
+    with pytest.raises(
+        convpeft.HostError, match=r"deleting '1' of this Sequential would lose the adapters of '1\.conv'"
+    ):
         drop_last(model)
     with pytest.raises(convpeft.HostError, match=r"putting a Identity in the place of '1' of this Sequential"):
         set_last(model)
@@ -68,7 +70,9 @@ def test_a_layers_own_parameter_is_not_set_anew(layer, name):
     convpeft.inject(model, {"rules": [{"match": "0", "kind": "lora", "rank": 1}]})
     value = nn.Parameter(torch.zeros(4) if name == "bias" else torch.zeros_like(layer.weight))
     for change in (lambda: setattr(model[0], name, value), lambda: model[0].register_parameter(name, value)):
-        with pytest.raises(convpeft.HostError, match=f"this {type(layer).__name__} carries adapters, and giving it another"):
+        with pytest.raises(
+            convpeft.HostError, match=f"this {type(layer).__name__} carries adapters, and giving it another"
+        ):
             change()
     assert torch.equal(model[0].weight, layer.weight)
     convpeft.eject(model)
@@ -104,7 +108,9 @@ class TestWhatLosesNothing:
     def test_a_line_of_a_script_may_replace_a_layer_and_convpeft_says_that_it_is_gone(self):
         model = adapted_model([Block()])
         model[1].conv = nn.Identity()
-        with pytest.raises(convpeft.StateError, match=r"'1\.conv' was adapted and has been replaced by a plain Identity"):
+        with pytest.raises(
+            convpeft.StateError, match=r"'1\.conv' was adapted and has been replaced by a plain Identity"
+        ):
             convpeft.merge(model)
 
     def test_numbers_may_be_written(self):

@@ -168,7 +168,9 @@ class TestChains:
         model = convpeft.merge(adapted_model([block_class(**{name: fusing})()], **FACTORED), form="factored")
         before = Whole(model)
         for twin in (model, copy.deepcopy(model), reloaded(model)):
-            with pytest.raises(convpeft.HostError, match=rf"Folding\.{name}\(\) rewrites layers by their weights alone"):
+            with pytest.raises(
+                convpeft.HostError, match=rf"Folding\.{name}\(\) rewrites layers by their weights alone"
+            ):
                 getattr(twin[1], name)()
             assert torch.equal(twin(image()), model(image()))
         before.check()
@@ -179,7 +181,9 @@ class TestChains:
         conv = model[1].conv
         for name in ("weight", "bias"):
             value = nn.Parameter(torch.zeros_like(conv.weight) if name == "weight" else torch.zeros(4).double())
-            with pytest.raises(convpeft.HostError, match=f"another {name} for this Conv2d, as if it was fused with a norm"):
+            with pytest.raises(
+                convpeft.HostError, match=f"another {name} for this Conv2d, as if it was fused with a norm"
+            ):
                 setattr(conv, name, value)
         before.check()
         model.load_state_dict({key: value + 1 for key, value in model.state_dict().items()}, assign=True)
