@@ -51,7 +51,7 @@ def fuse_conv_bn(model: nn.Module) -> nn.Module:
     try:
         for parent, conv, norm, key in pairs.values():
             fold(conv, norm)
-            parent._modules[key] = nn.Identity().train(norm.training)
+            parent.add_module(key, nn.Identity().train(norm.training))
     except BaseException:
         before.restore()
         raise

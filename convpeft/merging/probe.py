@@ -109,7 +109,7 @@ def _check_alike(reference: Callable[[Tensor], Tensor], candidate: Callable[[Ten
 
 
 def _runs(
-    job: Job, merged: Merged, layer: nn.Module | None, chains: Sequence[nn.Module]
+    job: Job, merged: Merged, layer: nn.Module | None, chains: Sequence[nn.Sequential]
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Return two functions of the same input: the layer as adapted, and as merged."""
     if layer is None and not merged.beside:  # on a block's output: the block is the same in both, so only what is added
@@ -119,7 +119,7 @@ def _runs(
     if layer is not None:
         return adapted, layer
     chained = plain_copy(job.target)
-    attach_chains(chained, exact_copies(chains), beside=True, taken=mentioned(job.target))
+    attach_chains(chained, exact_copies([*chains]), beside=True, taken=mentioned(job.target))
     return adapted, chained
 
 

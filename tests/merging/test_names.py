@@ -291,7 +291,7 @@ class TestFormerModels:
 
 def test_names_are_the_plain_ones_where_they_are_free():
     merged = convpeft.merge(adapted(nn.Conv2d(4, 4, 1), BESIDE), form="factored")
-    assert [key for key in merged.state_dict() if "beside" in key][0] == "1.beside.0.0.weight"
+    assert "1.beside.0.0.weight" in merged.state_dict()
     layer = nn.Conv2d(3, 3, 1)
     attach_chains(layer, [nn.Sequential(nn.Conv2d(3, 3, 1))], beside=False, taken={"after"})
     assert [name for name, _ in layer.named_children()] == ["after_2"]
