@@ -201,7 +201,8 @@ def test_an_interrupted_enter_is_outside_and_an_interrupted_leave_too(names, cou
             context.__exit__(None, None, None)
     context = block(model, names)
     context.__enter__()
-    for line in points(lambda: context.__exit__(None, None, None), count, "leave"):
+    leave = context.__exit__
+    for line in points(lambda: leave(None, None, None), count, "leave"):
         context = block(model, names)
         context.__enter__()
         where = interrupted(lambda: context.__exit__(None, None, None), line)  # noqa: B023
