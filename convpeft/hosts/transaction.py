@@ -35,7 +35,8 @@ def change(
     Args:
         root: of the model.
         state: its records.
-        work: notes in the journal whatever it is about to change, and calls nothing that a user wrote.
+        work: notes in the journal whatever it is about to change, and calls nothing that a user wrote. The attributes of
+            ``slots`` are noted already.
         slots: of the layers that are changed; of blocks that are entered or left, those of the block.
         alone: refuse while another thread runs the model.
 
@@ -64,21 +65,22 @@ def change(
 
 def _close(root: nn.Module, state: ModelState, gate: Gate, slots: list[Slots], journal: Journal) -> Any:
     """Let no other thread begin a pass, in place; return the forward that the root has of its own, or None."""
-    journal.keep(root, "forward", ATTRIBUTE)
+    journal.keep(root.__dict__, *[each.__dict__ for each in slots])
     own = root.__dict__.get("forward")  # accelerate's hooks, say
     root.__dict__[ATTRIBUTE] = state
     root.__dict__["forward"] = partial(_refuse, root, gate)
     for each in slots:
-        journal.keep(each, "router")
-        each.router = gate
+        each.__dict__["router"] = gate
     return own
 
 
 def _open(root: nn.Module, state: ModelState, own: Any, slots: list[Slots]) -> None:
     """Let passes begin again, in place; the innermost block that a layer is in stands before it."""
-    routers = {id(each): block for block in state.blocks for each in block.slots}
     for each in slots:
-        each.router = routers.get(id(each))
+        each.__dict__["router"] = None
+    for block in state.blocks:
+        for each in block.slots:
+            each.__dict__["router"] = block
     if own is None:
         root.__dict__.pop("forward", None)
     else:

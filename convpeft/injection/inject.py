@@ -83,7 +83,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     planned = Switch.to(adapted, tuple(active for active in state.active if active not in names))
 
     def work(journal: Journal) -> None:
-        journal.keep(state)
+        journal.keep(state.__dict__, state.adapters, state.swapped)
         for key in state.swapped if is_last else adapted.touched(names):
             journal.keep_module(adapted.module(key))
         switch(planned, journal)

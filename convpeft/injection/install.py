@@ -114,7 +114,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
     present = list(state.swapped)
 
     def work(journal: Journal) -> None:
-        journal.keep(state)
+        journal.keep(state.__dict__, state.adapters, state.swapped)
         for key in dict.fromkeys([*present, *wanted]):
             journal.keep_module(model.module(key))
         for module in wanted.values():

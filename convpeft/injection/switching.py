@@ -117,13 +117,13 @@ class _Using(Block):
 
 def enter_block(state: ModelState, block: Block, journal: Journal) -> None:
     """Note a block as the innermost one, in place."""
-    journal.keep(state, "blocks")
+    journal.keep(state.__dict__)
     state.blocks = (*state.blocks, block)
 
 
 def leave_block(state: ModelState, block: Block, journal: Journal) -> None:
     """Forget a block, in place."""
-    journal.keep(state, "blocks")
+    journal.keep(state.__dict__)
     state.blocks = tuple(each for each in state.blocks if each is not block)
 
 
@@ -169,14 +169,16 @@ class Switch:
     Attributes:
         adapted: the model.
         names: of the adapters to be active.
-        touched: by name, every module that the old or the new adapters sit on or unfroze.
-        norms: names of the norms to be held or let go.
+        owner: by name of a module, the adapter that is to show its own values there.
+        touched: by name, every module that the old or the new adapters sit on or unfroze, with its slots.
+        norms: those to be held or let go, with their slots.
     """
 
     adapted: AdaptedModel
     names: Names
-    touched: dict[str, nn.Module]
-    norms: list[str]
+    owner: dict[str, str]
+    touched: dict[str, tuple[nn.Module, Slots]]
+    norms: list[tuple[nn.Module, Slots]]
 
     @classmethod
     def to(cls, adapted: AdaptedModel, names: Names) -> Switch:
@@ -190,12 +192,19 @@ class Switch:
         touched = adapted.touched(dict.fromkeys([*state.active, *names]))
         owner = owners_of(adapted, names)
         check_exchange(adapted.root, {key: (module, owner.get(key)) for key, module in touched.items()})
-        return cls(adapted, names, touched, state.norms if holds_norms(adapted, names) != state.held else [])
+        norms = state.norms if holds_norms(adapted, names) != state.held else []
+        return cls(
+            adapted,
+            names,
+            owner,
+            {key: (module, adapted.slots(key)) for key, module in touched.items()},
+            [(adapted.module(key), adapted.slots(key)) for key in norms],
+        )
 
     @property
     def slots(self) -> list[Slots]:
         """The slots of all modules that it changes."""
-        return [self.adapted.slots(key) for key in dict.fromkeys([*self.touched, *self.norms])]
+        return [slots for _, slots in (*self.touched.values(), *self.norms)]
 
 
 def owners_of(adapted: AdaptedModel, names: Names) -> dict[str, str]:
@@ -204,21 +213,19 @@ def owners_of(adapted: AdaptedModel, names: Names) -> dict[str, str]:
 
 
 def switch(planned: Switch, journal: Journal) -> None:
-    """Make the planned adapters the active ones, in place: which run, whose tensors are shown, which norms are held."""
-    adapted, names, state = planned.adapted, planned.names, planned.adapted.state
-    owner, held = owners_of(adapted, names), holds_norms(adapted, names)
-    journal.keep(state, "active", "held")
-    for key, module in planned.touched.items():
-        slots = adapted.slots(key)
-        journal.keep(slots, "active")
-        slots.activate(names)
-        swap_in(module, owner.get(key), journal)
-    for key in planned.norms:
-        module = adapted.module(key)
-        journal.keep(module, "training")
-        journal.keep(adapted.slots(key), "held", "wanted_training")
+    """Make the planned adapters the active ones, in place: which run, whose tensors are shown, which norms are held.
+
+    The attributes of the slots have to be in the journal already.
+    """
+    state, held = planned.adapted.state, holds_norms(planned.adapted, planned.names)
+    journal.keep(state.__dict__)
+    for key, (module, slots) in planned.touched.items():
+        slots.activate(planned.names)
+        swap_in(module, planned.owner.get(key), journal)
+    for module, _ in planned.norms:
+        journal.keep(module.__dict__)
         hold(module, held)
-    state.active, state.held = names, held
+    state.active, state.held = planned.names, held
 
 
 def _forget_compiled() -> None:

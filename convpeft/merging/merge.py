@@ -90,11 +90,14 @@ def _merged(model: nn.Module, form: str, strict: bool, past: Mapping[str, str]) 
             "merge(model, strict=False) merges the others and keeps these adapted.",
             reasons,
         )
+
     def work(journal: Journal) -> None:
         for module in all_modules(model).values():
             journal.keep_module(module, whole=True)
-        for each in (adapted.state, *adapted.state.adapters.values()):
-            journal.keep(each)
+        state = adapted.state
+        journal.keep(state.__dict__, state.adapters, state.swapped)
+        for record in state.adapters.values():
+            journal.keep(record.__dict__, record.owned)
         for parameter in all_parameters(model):
             journal.keep_flag(parameter)
         _drop_adapters(adapted, set(reasons))

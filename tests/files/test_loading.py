@@ -145,7 +145,6 @@ def test_a_failure_in_the_last_step_gives_everything_back(original, monkeypatch)
     def fail(*arguments):
         raise KeyboardInterrupt
 
-
     for model in (base(), trained(base(), {"rules": [{"match": "stem", "kind": "lora", "rank": 1}]}, "first")):
         before = condition(model)
         with monkeypatch.context() as patch:

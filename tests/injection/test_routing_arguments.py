@@ -201,7 +201,10 @@ class TestMaps:
 
     @pytest.mark.parametrize("how", ["skip", "tuple", "keyword", "written", "second input", "position"])
     def test_are_split(self, how):
-        model, names = adapted(self.Model(how), {"rules": [{"match": "stem", "kind": "lora"}], "unfreeze": ["neck"]}), NAMES * 2
+        model, names = (
+            adapted(self.Model(how), {"rules": [{"match": "stem", "kind": "lora"}], "unfreeze": ["neck"]}),
+            NAMES * 2,
+        )
         inputs = (images(6), images(6).flip(1)) if how == "second input" else (images(6),)
         expected = alone(model, *inputs, batched=(0, 1), names=names)
         model.neck.seen.clear()
@@ -360,7 +363,9 @@ class TestOneOfAKind:
 class TestCopies:
     """A copy made inside the block is a model like any other, with the adapters active that were active outside."""
 
-    @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+    @pytest.mark.parametrize(
+        "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+    )
     @pytest.mark.parametrize("start", ["a", None])
     def test_of_a_routed_model(self, how, start):
         model, x = adapted(Parameter(COUNT)), images()
