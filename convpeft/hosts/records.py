@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 ATTRIBUTE = "_convpeft_state"  # of the root, where its ModelState is
 
@@ -60,7 +60,8 @@ class ModelState:
         held: whether these are held in eval mode now; None before the first switch.
         routed: names of the adapters that samples go through inside ``route``; else None.
         blocks: the ``with`` blocks that the model is in, the innermost last. A copy is in none.
-        journal: of the change that is being made; else None.
+        journal: of the change that is being made; else None, and then not an attribute of the object.
+        changes: how many have been made; tells one thread that another came before it.
         trains_outside: the names that train again after ``route``, inside it and in copies made there; else None.
     """
 
@@ -73,12 +74,14 @@ class ModelState:
     held: bool | None = None
     routed: tuple[str, ...] | None = None
     blocks: tuple[Any, ...] = ()
-    journal: Any = None
     trains_outside: tuple[str, ...] | None = None
+    changes: int = 0
+    journal: ClassVar[Any] = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle takes along: it is outside of every block."""
-        return {**self.__dict__, "routed": None, "blocks": (), "journal": None}
+        kept = {name: value for name, value in self.__dict__.items() if name != "journal"}
+        return {**kept, "routed": None, "blocks": ()}
 
     @property
     def running(self) -> tuple[str, ...]:

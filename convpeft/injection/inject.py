@@ -95,7 +95,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
         else:
             train_only(adapted, state.active, journal)
 
-    change(adapted.root, state, work, [adapted.slots(key) for key in state.swapped])
+    change(adapted.root, state, work, [adapted.slots(key) for key in state.swapped], since=adapted.since)
     return model
 
 

@@ -132,7 +132,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
         switch(Switch.to(model, (name,)), journal)
         train_only(model, (name,), journal)
 
-    change(root, state, work, [model.slots(key) for key in present])
+    change(root, state, work, [model.slots(key) for key in present], since=model.since)
 
 
 def _flags(root: nn.Module) -> dict[str, bool]:

@@ -106,7 +106,7 @@ class _Router(Block):
             train_only(self.adapted, self.involved, journal)
             enter_block(state, self, journal)
 
-        change(self.adapted.root, state, work, self.slots)
+        change(self.adapted.root, state, work, self.slots, since=self.adapted.since)
 
     def leave(self) -> None:
         """Stop to route, in place; nothing happens if the block was not entered, or was left."""
@@ -121,7 +121,7 @@ class _Router(Block):
             state.routed = state.trains_outside = None
             leave_block(state, self, journal)
 
-        change(self.adapted.root, state, work, self.slots, alone=False)
+        change(self.adapted.root, state, work, self.slots)
 
     def run(self, module: Any, slots: Slots, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the module's output for the whole batch, or for the group that is running."""

@@ -44,7 +44,7 @@ def set_active(model: nn.Module, names: str | Iterable[str] | None) -> None:
         switch(planned, journal)
         train_only(adapted, wanted, journal)
 
-    change(adapted.root, adapted.state, work, planned.slots)
+    change(adapted.root, adapted.state, work, planned.slots, since=adapted.since)
     _forget_compiled()
 
 
@@ -82,7 +82,7 @@ class _Using(Block):
 
     def __init__(self, adapted: AdaptedModel) -> None:
         super().__init__("is inside convpeft.using(...) or convpeft.disabled(...)", [])
-        self.root, self.state = adapted.root, adapted.state
+        self.root, self.state, self.since = adapted.root, adapted.state, adapted.since
         self.before, self.trained = self.state.active, self.state.trained
 
     def enter(self, names: Names) -> None:
@@ -95,7 +95,7 @@ class _Using(Block):
             switch(planned, journal)
             enter_block(self.state, self, journal)
 
-        change(self.root, self.state, work, planned.slots)
+        change(self.root, self.state, work, planned.slots, since=self.since)
         _forget_compiled()
 
     def leave(self) -> None:
@@ -111,7 +111,7 @@ class _Using(Block):
                 train_only(adapted, self.trained, journal)
             leave_block(self.state, self, journal)
 
-        change(self.root, self.state, work, [*self.slots, *planned.slots], alone=False)
+        change(self.root, self.state, work, [*self.slots, *planned.slots])
         _forget_compiled()
 
 

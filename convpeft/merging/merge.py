@@ -106,7 +106,8 @@ def _merged(model: nn.Module, form: str, strict: bool, past: Mapping[str, str]) 
                 _write(part)
         refuse_fusing(model)
 
-    change(adapted.root, adapted.state, work, [adapted.slots(key) for key in adapted.state.swapped])
+    slots = [adapted.slots(key) for key in adapted.state.swapped]
+    change(adapted.root, adapted.state, work, slots, since=adapted.since)
     return model
 
 
