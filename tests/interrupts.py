@@ -56,7 +56,7 @@ def interrupted(call: Callable[[], Any], line: int) -> str:
         with lines:
             call()
     except KeyboardInterrupt:
-        pass
+        torch.set_grad_enabled(True)  # torch's own no_grad may have been interrupted
     return lines.raised
 
 
@@ -85,6 +85,7 @@ def look(model: nn.Module, x: Tensor) -> dict[str, Any]:
         "active": None if state is None else state.active,
         "trained": None if state is None else state.trained,
         "names": None if state is None else list(state.adapters),
+        "torch's modes": torch._C._len_torch_function_stack(),
         "inside": None if state is None else (state.routed, len(state.blocks), state.journal),
         "routers": [module.router for module in model.modules() if type(module).__name__ == "Slots"],
     }

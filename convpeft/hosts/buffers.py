@@ -38,12 +38,13 @@ from .slots import BASE, KEPT, SLOT, STASH, base_class, slots_of
 
 def note_buffers(root: nn.Module, phase: Phase, journal: Journal) -> None:
     """Note in the journal all that showing others' buffers, or dropping them, would change."""
-    journal.keep(phase)
+    journal.keep(phase.__dict__)
     for module in users_modules(root):
         kept = kept_of(module)
         if kept is not None:
-            journal.keep(module)
-            journal.keep(kept)
+            hooks = (module._state_dict_hooks, module._load_state_dict_pre_hooks)
+            journal.keep(module.__dict__, module._buffers, module._non_persistent_buffers_set, *hooks)
+            journal.keep(kept.__dict__, kept.own)
 
 
 def remember(modules: Iterable[nn.Module], phase: Phase, journal: Journal) -> None:
@@ -73,7 +74,7 @@ def remember(modules: Iterable[nn.Module], phase: Phase, journal: Journal) -> No
                     copies[id(tensor)] = tensor.clone()
                 base[name] = None if tensor is None else copies[id(tensor)]
             hidden = frozenset(module._non_persistent_buffers_set)
-            journal.keep(module, KEPT, "_state_dict_hooks", "_load_state_dict_pre_hooks")
+            journal.keep(module.__dict__, module._state_dict_hooks, module._load_state_dict_pre_hooks)
             if is_torchs:
                 module.__dict__[KEPT] = Kept(phase, Values(base, hidden))
             else:
@@ -197,7 +198,7 @@ def give(module: nn.Module, name: str, buffers: dict[str, Tensor], journal: Jour
     """Let an adapter have its own buffers of a module, in place; they are not shown yet."""
     kept = kept_of(module)
     if kept is not None:
-        journal.keep(kept)
+        journal.keep(kept.own, kept.phase.__dict__)
         kept.own[name] = Values(dict(buffers), kept.base.hidden)
         kept.phase.own = True
 

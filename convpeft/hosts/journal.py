@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .slots import HOME, STASH, Slots, slots_of
+from .slots import STASH, Slots, slots_of
 
-_GONE = object()  # an attribute that was not there
 _REGISTRIES = tuple(name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, list, set)))
-_SWITCHED = (
-    "training",
-    "_parameters",
-    "_buffers",
-    "_modules",
-    HOME,
-)  # of a user's module, what injecting and switching write
 
 
 class Journal:
@@ -31,51 +23,44 @@ class Journal:
     def __init__(self) -> None:
         self._notes: list[tuple[Callable[[Any, Any], None], Any, Any]] = []
 
-    def keep(self, owner: Any, *names: str) -> None:
-        """Note attributes of an object as they are now (no names: all of them), with what is in its containers."""
-        space = owner.__dict__
-        found = {name: space.get(name, _GONE) for name in names} if names else dict(space)
-        self._notes.append((_put_back if names else _refill, space, found))
-        is_users = isinstance(owner, nn.Module) and not isinstance(owner, Slots)
-        for name, value in found.items():
-            if isinstance(value, (dict, list, set)) and (name in _REGISTRIES or not is_users):
-                contents = dict(value) if isinstance(value, dict) else list(value)
-                self._notes.append((_refill, value, contents))
+    def keep(self, *containers: Any) -> None:
+        """Note what is in dicts, lists and sets now; an object's attributes are in its ``__dict__``."""
+        self._notes += [(_refill, container, container.copy()) for container in containers]
 
     def keep_module(self, module: nn.Module, *, whole: bool = False) -> None:
         """Note all of a module that convpeft writes to (``whole``: all there is), and all that convpeft put into it."""
         if isinstance(module, torch.jit.ScriptModule):  # keeps nothing in Python, and is never written to
             return
         self._notes.append((_set_class, module, type(module)))
-        self.keep(module, *(() if whole else _SWITCHED))
-        slots = slots_of(module)
+        self.keep(module.__dict__, module._modules)
+        if whole:
+            self.keep(*[module.__dict__[name] for name in _REGISTRIES if name in module.__dict__])
+        self.keep_tensors(module, slots_of(module))
+
+    def keep_tensors(self, module: nn.Module, slots: Slots | None) -> None:
+        """Note whose tensors a module shows, and where all of its owners' tensors are."""
+        self.keep(module._parameters, module._buffers)
         if slots is None:
             return
-        self.keep(slots)
-        self._keep_stores(slots)
+        self.keep(slots.__dict__, slots._modules, slots.outputs)
+        stash = slots._modules.get(STASH)
+        if stash is not None:
+            self.keep(stash._modules)
+            for store in stash._modules.values():
+                self.keep(store._parameters, store._buffers)  # type: ignore[union-attr]
 
-    def keep_guards(self, module: nn.Module, names: Iterable[str]) -> None:
-        """Note a module's class and some attributes of its own."""
+    def keep_class(self, module: nn.Module) -> None:
+        """Note a module's class and attributes."""
         if not isinstance(module, torch.jit.ScriptModule):
             self._notes.append((_set_class, module, type(module)))
-            self.keep(module, *names)
-
-    def keep_tensors(self, module: nn.Module, slots: Slots) -> None:
-        """Note whose tensors a module shows, and where all of its owners' tensors are."""
-        self.keep(module, "_parameters", "_buffers")
-        self.keep(slots, "shown", "_modules")
-        self._keep_stores(slots)
-
-    def _keep_stores(self, slots: Slots) -> None:
-        stash = slots._modules.get(STASH)
-        for store in () if stash is None else (stash, *stash._modules.values()):
-            self.keep(store, "_parameters", "_buffers", "_modules")
+            self.keep(module.__dict__)
 
     def require_grad(self, tensor: Tensor, flag: bool) -> None:
         """Let a tensor require a gradient or not, in place; one that cannot be told so is left alone."""
-        can_be_told = tensor.is_leaf and (not flag or tensor.is_floating_point() or tensor.is_complex())
-        if can_be_told and tensor.requires_grad != flag:
-            self.keep_flag(tensor)
+        if tensor.requires_grad == flag or not tensor.is_leaf:
+            return
+        if not flag or tensor.is_floating_point() or tensor.is_complex():
+            self._notes.append((_set_flag, tensor, not flag))
             _set_flag(tensor, flag)
 
     def keep_flag(self, tensor: Tensor) -> None:
@@ -87,14 +72,6 @@ class Journal:
         """Put back all that was noted, in place."""
         for put_back, target, value in reversed(self._notes):
             put_back(target, value)
-
-
-def _put_back(space: dict[str, Any], found: dict[str, Any]) -> None:
-    for name, value in found.items():
-        if value is not _GONE:
-            space[name] = value
-        else:
-            space.pop(name, None)
 
 
 def _refill(container: Any, contents: Any) -> None:

@@ -79,6 +79,7 @@ class AdaptedModel:
     Attributes:
         root: the module that was given to ``inject``.
         state: the records, kept in an attribute of the root.
+        since: the number of changes made before the handle.
 
     Example:
         >>> import torch, convpeft
@@ -91,6 +92,10 @@ class AdaptedModel:
     root: nn.Module
     state: ModelState
     _found: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+    since: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.since = self.state.changes
 
     @classmethod
     def find(cls, model: nn.Module) -> AdaptedModel | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 Names = tuple[str, ...]
 ATTRIBUTE = "_convpeft_state"  # of the root, where its ModelState is
@@ -79,7 +79,8 @@ class ModelState:
         routed: names of the adapters that samples go through inside ``route``; else None.
         phase: whether anything trained since the last switch.
         blocks: the ``with`` blocks that the model is in, the innermost last. A copy is in none.
-        journal: of the change that is being made; else None.
+        journal: of the change that is being made; else None, and then not an attribute of the object.
+        changes: how many have been made; tells one thread that another came before it.
         trains_outside: the names that train again after ``route``, inside it and in copies made there; else None.
         in_training: names of the swapped modules that were last asked to be in training mode.
     """
@@ -94,13 +95,15 @@ class ModelState:
     routed: tuple[str, ...] | None = None
     phase: Phase = field(default_factory=Phase)
     blocks: tuple[Any, ...] = ()
-    journal: Any = None
     trains_outside: tuple[str, ...] | None = None
     in_training: set[str] = field(default_factory=set)
+    changes: int = 0
+    journal: ClassVar[Any] = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle takes along: it is outside of every block."""
-        return {**self.__dict__, "routed": None, "blocks": (), "journal": None}
+        kept = {name: value for name, value in self.__dict__.items() if name != "journal"}
+        return {**kept, "routed": None, "blocks": ()}
 
     @property
     def resting(self) -> bool:

@@ -21,7 +21,7 @@ def train_only(adapted: Any, names: Iterable[str], journal: Journal) -> None:
         journal: takes what is changed.
     """
     state = adapted.state
-    journal.keep(state, "trained")
+    journal.keep(state.__dict__)
     wanted = tuple(name for name in names if name in state.adapters)
     changed = dict.fromkeys(name for name in (*state.trained, *wanted) if name in state.adapters)
     state.trained = wanted

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..errors import StateError
 from .journal import Journal
 from .records import ATTRIBUTE, ModelState
-from .slots import Slots
+from .slots import Slots, base_class
 from .threads import Gate, require_alone, thread_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -25,7 +26,7 @@ def change(
     work: Callable[[Journal], Any],
     slots: Iterable[Slots] = (),
     *,
-    alone: bool = True,
+    since: int | None = None,
 ) -> None:
     """Let ``work`` change a model in place; if anything is raised, everything is as it was before.
 
@@ -35,25 +36,28 @@ def change(
     Args:
         root: of the model.
         state: its records.
-        work: notes in the journal whatever it is about to change, and calls nothing that a user wrote.
+        work: notes in the journal whatever it is about to change, and calls nothing that a user wrote. The attributes of
+            ``slots`` are noted already.
         slots: of the layers that are changed; of blocks that are entered or left, those of the block.
-        alone: refuse while another thread runs the model.
+        since: the number of changes when this one was planned: refuse if another came since, or if another thread runs the
+            model. None: a block is left, in which no other thread could do either.
 
     Raises:
-        StateError: then.
+        StateError: then; the model is as it was.
     """
-    if alone:
+    if since is not None:
         require_alone(root)
     journal, gate, closed = Journal(), Gate(_CHANGING), list(slots)
     try:
         try:
-            state.journal = journal
+            _claim(root, state, journal, since)
             own = _close(root, state, gate, closed, journal)
-            if alone:
+            if since is not None:
                 require_alone(root)  # a pass that began before the gate was closed
             work(journal)
             _open(root, state, own, closed)
-            state.journal = None
+            state.changes += 1
+            state.__dict__.pop("journal", None)
         except BaseException:
             surely(partial(_undo, state, journal))
             raise
@@ -62,23 +66,41 @@ def change(
         raise
 
 
+def _claim(root: nn.Module, state: ModelState, journal: Journal, since: int | None) -> None:
+    """Note a change as the one that is being made, in place; of several threads only one gets here.
+
+    Raises:
+        StateError: if another thread is changing the model, or has changed it since this change was planned.
+    """
+    first = state.__dict__.setdefault("journal", journal) is journal  # one step: no thread comes between
+    attached = root.__dict__.get(ATTRIBUTE)
+    if not first or since not in (None, state.changes) or (attached is not None and attached is not state):
+        if first:
+            state.__dict__.pop("journal", None)
+        raise StateError(
+            f"another thread is changing the adapters of this {base_class(root).__name__}, or has just done so: call again; "
+            "this call changed nothing."
+        )
+
+
 def _close(root: nn.Module, state: ModelState, gate: Gate, slots: list[Slots], journal: Journal) -> Any:
     """Let no other thread begin a pass, in place; return the forward that the root has of its own, or None."""
-    journal.keep(root, "forward", ATTRIBUTE)
+    journal.keep(root.__dict__, *[each.__dict__ for each in slots])
     own = root.__dict__.get("forward")  # accelerate's hooks, say
     root.__dict__[ATTRIBUTE] = state
     root.__dict__["forward"] = partial(_refuse, root, gate)
     for each in slots:
-        journal.keep(each, "router")
-        each.router = gate
+        each.__dict__["router"] = gate
     return own
 
 
 def _open(root: nn.Module, state: ModelState, own: Any, slots: list[Slots]) -> None:
     """Let passes begin again, in place; the innermost block that a layer is in stands before it."""
-    routers = {id(each): block for block in state.blocks for each in block.slots}
     for each in slots:
-        each.router = routers.get(id(each))
+        each.__dict__["router"] = None
+    for block in state.blocks:
+        for each in block.slots:
+            each.__dict__["router"] = block
     if own is None:
         root.__dict__.pop("forward", None)
     else:
@@ -92,7 +114,7 @@ def _refuse(root: nn.Module, gate: Gate, *args: Any, **kwargs: Any) -> Any:
 def _undo(state: ModelState, journal: Journal) -> None:
     if state.journal is journal:
         journal.undo()
-        state.journal = None
+        state.__dict__.pop("journal", None)
 
 
 def surely(step: Callable[[], None]) -> None:

@@ -130,7 +130,7 @@ def protect(root: nn.Module, journal: Journal | None = None) -> None:
     inside = list(reversed(tree.carrying.values()))
     methods = dict(zip(map(id, inside), rewriting_methods(inside, tree.names), strict=True))
     for module in tree.modules.values():
-        notes.keep_guards(module, (*methods.get(id(module), ()), *_watched(module), "register_parameter"))
+        notes.keep_class(module)
         _watch(module, methods.get(id(module), set()))
         guard_chains(module)
         (guard if id(module) in tree.adapted else release)(module)

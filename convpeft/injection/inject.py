@@ -102,7 +102,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     planned = Switch.to(adapted, tuple(active for active in state.active if active not in names))
 
     def work(journal: Journal) -> None:
-        journal.keep(state)
+        journal.keep(state.__dict__, state.adapters, state.swapped)
         for key in state.swapped if is_last else adapted.touched(names):
             journal.keep_module(adapted.module(key))
         note_buffers(adapted.root, state.phase, journal)
@@ -117,7 +117,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
             train_only(adapted, state.active, journal)
         protect(adapted.root, journal)
 
-    change(adapted.root, state, work, [adapted.slots(key) for key in state.swapped])
+    change(adapted.root, state, work, [adapted.slots(key) for key in state.swapped], since=adapted.since)
     return model
 
 

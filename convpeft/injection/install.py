@@ -122,8 +122,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
     present = list(state.swapped)
 
     def work(journal: Journal) -> None:
-        journal.keep(state)
-        journal.keep(state.phase)
+        journal.keep(state.__dict__, state.adapters, state.swapped, state.in_training, state.phase.__dict__)
         for key in dict.fromkeys([*present, *wanted]):
             journal.keep_module(model.module(key))
         remember([module for _, module in modules], state.phase, journal)
@@ -147,7 +146,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
         train_only(model, (name,), journal)
         protect(root, journal)
 
-    change(root, state, work, [model.slots(key) for key in present])
+    change(root, state, work, [model.slots(key) for key in present], since=model.since)
 
 
 def _flags(root: nn.Module) -> dict[str, bool]:

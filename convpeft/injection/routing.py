@@ -101,26 +101,27 @@ class _Router(Block):
         state = self.adapted.state
 
         def work(journal: Journal) -> None:
-            journal.keep(state, "routed", "trains_outside")
+            journal.keep(state.__dict__)
             state.routed, state.trains_outside = self.involved, state.trained
             train_only(self.adapted, self.involved, journal)
             enter_block(state, self, journal)
 
-        change(self.adapted.root, state, work, self.slots)
+        change(self.adapted.root, state, work, self.slots, since=self.adapted.since)
 
     def leave(self) -> None:
         """Stop to route, in place; nothing happens if the block was not entered, or was left."""
+        self.origins.close()
         state = self.adapted.state
         if self not in state.blocks:
             return
 
         def work(journal: Journal) -> None:
-            journal.keep(state, "routed", "trains_outside")
+            journal.keep(state.__dict__)
             train_only(self.adapted, state.trains_outside or (), journal)
             state.routed = state.trains_outside = None
             leave_block(state, self, journal)
 
-        change(self.adapted.root, state, work, self.slots, alone=False)
+        change(self.adapted.root, state, work, self.slots)
 
     def run(self, module: Any, slots: Slots, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the module's output for the whole batch, or for the group that is running."""
@@ -200,12 +201,12 @@ class _Router(Block):
         """Return what the module gives for one group of samples; routed modules inside it see the group, too."""
         try:
             try:
-                self.names = names
+                self.names, self.origins.is_paused = names, True  # all in here belongs to the group
                 return self._as(names, module, slots, args, kwargs)
             finally:
-                self.names = None
+                self.names, self.origins.is_paused = None, False
         finally:  # an interrupt may have come before the line above
-            self.names = None
+            self.names, self.origins.is_paused = None, False
 
     def _as(self, names: Names, module: Any, slots: Slots, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the module gives with exactly these adapters active; it is left as it was."""

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_flatten
 
 from ..convolution.nodes import is_compiling
 from ..hosts.journal import all_modules
 
+_NUMBERS = {int, float, bool, str, torch.Size, torch.dtype, torch.device, torch.layout}
 _CALL = nn.Module._call_impl.__code__
 
 
@@ -40,24 +41,35 @@ class Origins(TorchFunctionMode):
         root: the routed model.
         count: of the samples.
         shared: inputs that are the same for all samples; None: it is not known which are.
+
+    Attributes:
+        is_paused: nothing is kept at the moment.
     """
 
     def __init__(self, root: nn.Module, count: int, shared: Iterable[Tensor] | None) -> None:
         super().__init__()
-        self.root, self.count = root, count
+        self.root, self.count, self.is_paused = root, count, False
         self.shared = None if shared is None else {id(tensor) for tensor in shared}
         self._noted: dict[int, tuple[weakref.ref, Origin]] = {}
         self._storages: set[int] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if not is_compiling():
-            made = args[:1] if result is None else [result]  # setitem returns nothing
-            tensors = list(_tensors(made))
-            if tensors:
-                self.note(tensors, self._joint([*_tensors(args), *_tensors(kwargs.values())]))
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if self.is_paused or type(result) in _NUMBERS or is_compiling():
+            return result
+        made = args[:1] if result is None else (result,)  # setitem returns nothing
+        operands = (*args, *kwargs.values()) if kwargs else args
+        if any(self._told(each) is Origin.SAMPLES for each in operands):
+            self.note(_tensors(made), Origin.SAMPLES)
+        elif tensors := list(_tensors(made)):
+            self.note(tensors, max(map(self.of, _tensors(operands)), default=Origin.UNKNOWN))
         return result
+
+    def close(self) -> None:
+        """Stop keeping anything, in place; an interrupt may have left the mode among torch's."""
+        self.is_paused = True
+        if _get_current_function_mode() is self:
+            self.__exit__(None, None, None)
 
     def note(self, tensors: Iterable[Tensor], origin: Origin) -> None:
         """Note where tensors come from; one that an operation wrote into keeps the greater origin."""
@@ -76,13 +88,9 @@ class Origins(TorchFunctionMode):
         self.note([tensor], found)
         return found
 
-    def _joint(self, operands: list[Tensor]) -> Origin:
-        told = max(map(self._told, operands), default=Origin.UNKNOWN)
-        return told if told is Origin.SAMPLES else max(map(self.of, operands), default=Origin.UNKNOWN)
-
-    def _told(self, tensor: Tensor) -> Origin:
-        noted = self._noted.get(id(tensor))
-        return noted[1] if noted is not None and noted[0]() is tensor else Origin.UNKNOWN
+    def _told(self, value: Any) -> Origin:
+        noted = self._noted.get(id(value))
+        return noted[1] if noted is not None and noted[0]() is value else Origin.UNKNOWN
 
     def _own(self) -> set[int]:
         """Return where the numbers of the model's own tensors are: parameters, buffers, and plain attributes."""

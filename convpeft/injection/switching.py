@@ -45,7 +45,7 @@ def set_active(model: nn.Module, names: str | Iterable[str] | None) -> None:
         switch(planned, journal)
         train_only(adapted, wanted, journal)
 
-    change(adapted.root, adapted.state, work, planned.slots)
+    change(adapted.root, adapted.state, work, planned.slots, since=adapted.since)
     _forget_compiled()
 
 
@@ -85,7 +85,7 @@ class _Using(Block):
 
     def __init__(self, adapted: AdaptedModel) -> None:
         super().__init__("is inside convpeft.using(...) or convpeft.disabled(...)", [])
-        self.root, self.state = adapted.root, adapted.state
+        self.root, self.state, self.since = adapted.root, adapted.state, adapted.since
         self.before, self.trained = self.state.active, self.state.trained
 
     def enter(self, names: Names) -> None:
@@ -98,7 +98,7 @@ class _Using(Block):
             switch(planned, journal)
             enter_block(self.state, self, journal)
 
-        change(self.root, self.state, work, planned.slots)
+        change(self.root, self.state, work, planned.slots, since=self.since)
         _forget_compiled()
 
     def leave(self) -> None:
@@ -114,19 +114,19 @@ class _Using(Block):
                 train_only(adapted, self.trained, journal)
             leave_block(self.state, self, journal)
 
-        change(self.root, self.state, work, [*self.slots, *planned.slots], alone=False)
+        change(self.root, self.state, work, [*self.slots, *planned.slots])
         _forget_compiled()
 
 
 def enter_block(state: ModelState, block: Block, journal: Journal) -> None:
     """Note a block as the innermost one, in place."""
-    journal.keep(state, "blocks")
+    journal.keep(state.__dict__)
     state.blocks = (*state.blocks, block)
 
 
 def leave_block(state: ModelState, block: Block, journal: Journal) -> None:
     """Forget a block, in place."""
-    journal.keep(state, "blocks")
+    journal.keep(state.__dict__)
     state.blocks = tuple(each for each in state.blocks if each is not block)
 
 
@@ -172,14 +172,16 @@ class Switch:
     Attributes:
         adapted: the model.
         names: of the adapters to be active.
-        touched: by name, every module that the old or the new adapters sit on or unfroze.
-        norms: names of the norms to be held or let go.
+        owner: by name of a module, the adapter that is to show its own values there.
+        touched: by name, every module that the old or the new adapters sit on or unfroze, with its slots.
+        norms: those to be held or let go, with their slots.
     """
 
     adapted: AdaptedModel
     names: Names
-    touched: dict[str, nn.Module]
-    norms: list[str]
+    owner: dict[str, str]
+    touched: dict[str, tuple[nn.Module, Slots]]
+    norms: list[tuple[nn.Module, Slots]]
 
     @classmethod
     def to(cls, adapted: AdaptedModel, names: Names) -> Switch:
@@ -193,12 +195,19 @@ class Switch:
         touched = adapted.touched(dict.fromkeys([*state.active, *names]))
         owner = owners_of(adapted, names)
         check_exchange(adapted.root, {key: (module, owner.get(key)) for key, module in touched.items()})
-        return cls(adapted, names, touched, state.norms if holds_norms(adapted, names) != state.held else [])
+        norms = state.norms if holds_norms(adapted, names) != state.held else []
+        return cls(
+            adapted,
+            names,
+            owner,
+            {key: (module, adapted.slots(key)) for key, module in touched.items()},
+            [(adapted.module(key), adapted.slots(key)) for key in norms],
+        )
 
     @property
     def slots(self) -> list[Slots]:
         """The slots of all modules that it changes."""
-        return [self.adapted.slots(key) for key in dict.fromkeys([*self.touched, *self.norms])]
+        return [slots for _, slots in (*self.touched.values(), *self.norms)]
 
 
 def owners_of(adapted: AdaptedModel, names: Names) -> dict[str, str]:
@@ -207,24 +216,22 @@ def owners_of(adapted: AdaptedModel, names: Names) -> dict[str, str]:
 
 
 def switch(planned: Switch, journal: Journal) -> None:
-    """Make the planned adapters the active ones, in place: which run, whose tensors are shown, which norms are held."""
+    """Make the planned adapters the active ones, in place: which run, whose tensors are shown, which norms are held.
+
+    The attributes of the slots have to be in the journal already.
+    """
     adapted, names, state = planned.adapted, planned.names, planned.adapted.state
-    owner, held = owners_of(adapted, names), holds_norms(adapted, names)
-    journal.keep(state, "active", "held")
-    journal.keep(state.phase)
+    held = holds_norms(adapted, names)
+    journal.keep(state.__dict__, state.phase.__dict__)
     note_training(adapted)
     if state.phase.trained or state.phase.own:
         note_buffers(adapted.root, state.phase, journal)
     moved = put_away(adapted.root, state.phase)
-    for key, module in planned.touched.items():
-        slots = adapted.slots(key)
-        journal.keep(slots, "active")
+    for key, (module, slots) in planned.touched.items():
         slots.activate(names)
-        swap_in(module, owner.get(key), journal)
-    for key in planned.norms:
-        module = adapted.module(key)
-        journal.keep(module, "training")
-        journal.keep(adapted.slots(key), "held", "wanted_training")
+        swap_in(module, planned.owner.get(key), journal)
+    for module, _ in planned.norms:
+        journal.keep(module.__dict__)
         hold(module, held)
     bring_out(moved, state.phase, names)
     state.active, state.held = names, held

@@ -102,8 +102,10 @@ def _merged(model: nn.Module, form: str, strict: bool, past: Mapping[str, str]) 
     def work(journal: Journal) -> None:
         for module in all_modules(model).values():
             journal.keep_module(module, whole=True)
-        for each in (adapted.state, adapted.state.phase, *adapted.state.adapters.values()):
-            journal.keep(each)
+        state = adapted.state
+        journal.keep(state.__dict__, state.adapters, state.swapped, state.phase.__dict__)
+        for record in state.adapters.values():
+            journal.keep(record.__dict__, record.owned)
         for parameter in all_parameters(model):
             journal.keep_flag(parameter)
         _drop_adapters(adapted, set(reasons), journal)
@@ -112,7 +114,8 @@ def _merged(model: nn.Module, form: str, strict: bool, past: Mapping[str, str]) 
                 _write(part, taken)
         protect(adapted.root, journal)
 
-    change(adapted.root, adapted.state, work, [adapted.slots(key) for key in adapted.state.swapped])
+    slots = [adapted.slots(key) for key in adapted.state.swapped]
+    change(adapted.root, adapted.state, work, slots, since=adapted.since)
     return model
 
 

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -286,7 +287,7 @@ class TestServing:
         with ThreadPoolExecutor(2) as pool:
             asked = [pool.submit(ask) for _ in range(2)]
             for number in range(300):
-                refused = tried(lambda name=NAMES[number % 3]: convpeft.set_active(model, name))
+                refused = tried(partial(convpeft.set_active, model, NAMES[number % 3]))
                 assert refused is None or "is running this Detector" in str(refused)
             stop.set()
             found = [answer for each in asked for answer in each.result(20)]
