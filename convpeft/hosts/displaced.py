@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .callers import operation
+from .callers import is_foreign, operation
 
 _PLACES = ("__dict__", "_modules", "_parameters", "_buffers")
 _SIMPLE = (bool, int, float, str, type(None), nn.Module, nn.Parameter)
@@ -36,7 +36,11 @@ def note(module: nn.Module, name: str, value: Any = None) -> None:
 
     Tensors and other large objects are not remembered; what was is forgotten with the next function's first change.
     """
-    if not isinstance(value, _SIMPLE) and not callable(value):
+    if (
+        "_modules" not in module.__dict__
+        or (not isinstance(value, _SIMPLE) and not callable(value))
+        or not is_foreign()
+    ):
         return
     frames = operation()
     if not frames:

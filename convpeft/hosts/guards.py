@@ -6,6 +6,7 @@ is replaced or deleted while adapted layers are in it. What a whole method does 
 
 from __future__ import annotations
 
+import sys
 import warnings
 from functools import cache
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..convolution.nodes import serves
+from ..convolution.nodes import is_compiling, serves
 from ..errors import HostError
 from .callers import frames, is_foreign, operation
 from .copies import reduced, self_copying
@@ -33,9 +34,11 @@ class Guard:
     _modules: dict[str, Any]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _ASIDE and not torch.compiler.is_compiling() and "_modules" in self.__dict__:
-            refuse_loss(self, name, value)
-            note(self, name, value)  # type: ignore[arg-type]
+        if not is_compiling() and name not in _ASIDE:
+            if name in self.__dict__.get("_modules", ()):
+                refuse_loss(self, name, value)
+            if sys._getframe(1).f_code.co_name != "forward":  # a forward pass fuses nothing
+                note(self, name, value)  # type: ignore[arg-type]
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:

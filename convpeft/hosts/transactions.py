@@ -10,11 +10,11 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from ..convolution.nodes import is_compiling
 from ..errors import HostError, shortened
 from .chains import carries_chains, guard_chains
 from .guards import guard, has_adapters, release
@@ -50,7 +50,7 @@ class Watchful:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method; raise a HostError and take everything back if it loses an adapter or a chain."""
-        if torch.compiler.is_compiling() or getattr(_here, "busy", False):
+        if is_compiling() or getattr(_here, "busy", False):
             return self.__wrapped__(*args, **kwargs)
         carriers = {name: each for name, each in self.module.named_modules() if _carries(each)}
         if not carriers:
