@@ -10,7 +10,7 @@ from torch import nn
 
 import convpeft
 from convpeft.adapters import Adapter
-from convpeft.adapters.registry import adapter_class
+from convpeft.injection import install
 from tests.cases import (
     CASES,
     DTYPES,
@@ -208,9 +208,9 @@ def test_a_failed_inject_leaves_every_bit(variant, monkeypatch):
     before, modules, names = bits(model), [type(m) for m in model.modules()], convpeft.active_adapters(model)
     flags = [parameter.requires_grad for parameter in model.parameters()]
 
-    for owner in (model.norm.weight, adapter_class(variant.kind)):  # frozen in the middle; made to train at the end
+    for step in ("switch", "train_only", "protect"):  # in the middle, and at the end
         with monkeypatch.context() as patch:
-            patch.setattr(owner, "requires_grad_", failing_once(owner.requires_grad_))
+            patch.setattr(install, step, failing_once(getattr(install, step)))
             with pytest.raises(MemoryError, match="in the middle"):
                 convpeft.inject(model, {"rules": [variant.rule], "norm": "adapt"}, name="second")
         assert same_bits(before, bits(model))
@@ -238,8 +238,7 @@ def test_a_failed_first_inject_leaves_a_plain_model(variant, monkeypatch):
     model = net(CASES["3x3"])
     before, modules = bits(model), [type(m) for m in model.modules()]
 
-    kind = adapter_class(variant.kind)
-    monkeypatch.setattr(kind, "requires_grad_", failing_once(kind.requires_grad_))  # the last step
+    monkeypatch.setattr(install, "protect", failing_once(install.protect))  # the last step
     with pytest.raises(MemoryError, match="in the middle"):
         convpeft.inject(model, {"rules": [variant.rule]})
     assert same_bits(before, bits(model))

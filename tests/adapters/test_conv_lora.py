@@ -128,7 +128,7 @@ def test_saved_loaded_copied_and_pickled_is_the_same(tmp_path):
 
 BAD_OPTIONS = [
     ({"scales": []}, "scales must name at least one scale"),
-    ({"scales": [0, 1]}, "scales must be whole numbers of at least 1, not 0"),
+    ({"scales": [0, 1]}, "scales must be whole numbers of at least 1 and at most 64, not 0"),
     ({"scales": [1.5]}, "scales of kind 'conv_lora' must be a list of a whole number"),
     ({"top_k": 4}, "top_k 4 is more than the 3 experts of scales"),
     ({"top_k": 0}, "top_k must be above 0, not 0"),

@@ -24,7 +24,7 @@ BAD_OPTIONS = [
     ("loha", {"module_dropout": 0.1}, r"unknown key 'module_dropout' for kind 'peft:loha'\. Closest: .*dropout"),
     ("loha", {"target_modules": ["x"]}, "unknown key 'target_modules'"),
     ("loha", {"r": 2.5}, r"r of kind 'peft:loha' must be a whole number, not 2\.5"),
-    ("loha", {"r": 10**6}, "r must be at most 65,536, not 1,000,000"),
+    ("loha", {"r": 10**6}, "r must be at most 65,536, not 1000000"),
     ("lora", {"init_lora_weights": "nonsense"}, "init_lora_weights of kind 'peft:lora' must be"),
     ("boft", {"boft_n_butterfly_factor": 2}, "boft_n_butterfly_factor must be 1"),
     ("adalora", {}, "adalora moves its ranks in a callback of peft's training loop"),
