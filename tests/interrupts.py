@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def look(model: nn.Module, x: Tensor) -> dict[str, Any]:
         "modes": {name: module.training for name, module in model.named_modules() if "_stash" not in name},
         "classes": [type(module) for name, module in model.named_modules() if "_stash" not in name],
         "own": [sorted(module.__dict__) for name, module in model.named_modules() if "_stash" not in name],
-        "hooks": [list(module._forward_hooks.values()) for module in model.modules()],
+        "hooks": [[_described(hook) for hook in module._forward_hooks.values()] for module in model.modules()],
         "active": None if state is None else state.active,
         "trained": None if state is None else state.trained,
         "names": None if state is None else list(state.adapters),
@@ -102,3 +103,8 @@ def _same(first: Any, second: Any) -> bool:
     if isinstance(first, dict):
         return list(first) == list(second) and all(_same(first[key], second[key]) for key in first)
     return bool(first == second)
+
+
+def _described(hook: Any) -> Any:
+    """Return a hook in a form that is equal for equal partials."""
+    return (hook.func, hook.args, sorted(hook.keywords.items())) if isinstance(hook, partial) else hook

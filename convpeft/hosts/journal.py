@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .slots import STASH, Slots, slots_of
+from .wrappers import inside
 
 _REGISTRIES = tuple(name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, list, set)))
 
@@ -125,11 +126,11 @@ def all_parameters(root: nn.Module) -> list[nn.Parameter]:
 
 
 def named_parameters(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield every parameter with each of its names, without calling anything a user may have overridden."""
+    """Yield every parameter with each of its names, those of wrappers left out, without calling anything a user may have overridden."""
     for name, parameter in module_items(root._parameters):
         yield prefix + name, parameter
     for name, child in module_items(root._modules):
-        yield from named_parameters(child, f"{prefix}{name}.")
+        yield from named_parameters(inside(child), f"{prefix}{name}.")
 
 
 def module_items(entries: Any) -> list[tuple[str, Any]]:

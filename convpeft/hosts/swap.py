@@ -17,13 +17,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..convolution.nodes import is_compiling, is_convolution, is_norm, normalise
 from ..errors import HostError
-from .buffers import load_buffers
+from .buffers import forget, load_buffers
 from .checkpoints import Load, load_slots, split_off
 from .children import hide, hide_again, is_walk, take_away
 from .copies import reduced, self_copying
 from .forward import adapted_output, convolved
 from .guards import RESETS, Guard, refuse_another_parameter, release, swap_refusal, unless_held
 from .keeping import kept_training, note_mode, overrides_train, require_training
+from .kept import users_modules
 from .slots import HOME, SLOT, Slots, Swapped, base_class, slots_of
 from .trainers import guard_trainers
 from .trials import exact_copies
@@ -332,6 +333,7 @@ def plain_copy(module: nn.Module) -> Any:
     (plain,) = exact_copies([module])
     keep_shown(plain)
     restore(plain)
+    forget(users_modules(plain))
     return plain
 
 
