@@ -45,9 +45,22 @@ def images(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["plain", "strict"])
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-@pytest.mark.parametrize("rule", KINDS.values(), ids=KINDS)
+# each kind once; all ways to export it in `make nightly`
+WAYS = [
+    pytest.param(
+        rule,
+        training,
+        strict,
+        id=f"{kind}-{'training' if training else 'eval'}-{'strict' if strict else 'plain'}",
+        marks=[pytest.mark.nightly] if (training or strict) and kind != "lora" else [],
+    )
+    for kind, rule in KINDS.items()
+    for training in (False, True)
+    for strict in (False, True)
+]
+
+
+@pytest.mark.parametrize(("rule", "training", "strict"), WAYS)
 def test_an_export_takes_any_batch_and_any_image_size(rule, training, strict):
     model, dim = net(rule).train(training), torch.export.Dim
     sizes = {0: dim("batch", min=2, max=64), 2: 2 * dim("rows", min=2, max=512), 3: 2 * dim("columns", min=2, max=512)}
