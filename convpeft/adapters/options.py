@@ -16,6 +16,7 @@ MOST_SIZES = 64  # branches or experts of an adapter
 _WIDEST = 2**17  # kernel size of a branch
 _MOST_WHOLE = 2**63 - 1  # of any whole number: tensors hold no more
 _LARGEST = 3.4e38  # of a number with a fraction: float32 holds no more
+_DEEP = 16  # levels of a nested value in which numpy's numbers are looked for
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,22 @@ def plain(value: Any) -> Any:
         >>> plain((numpy.int64(8), numpy.array([3, 5])))
         (8, [3, 5])
     """
+    return _plain(value, {}, _DEEP)
+
+
+def _plain(value: Any, seen: dict[int, Any], levels: int) -> Any:
+    """Return ``plain(value)``; what holds itself, or is nested deeper than ``levels``, stays as it was there."""
     if type(value).__module__ == "numpy":
         return value.tolist()
-    if type(value) in (list, tuple):
-        return type(value)(map(plain, value))
-    return {key: plain(each) for key, each in value.items()} if type(value) is dict else value
+    if type(value) not in (list, tuple, dict) or levels == 0:
+        return value
+    if id(value) not in seen:
+        seen[id(value)] = value
+        if type(value) is dict:
+            seen[id(value)] = {key: _plain(each, seen, levels - 1) for key, each in value.items()}
+        else:
+            seen[id(value)] = type(value)(_plain(each, seen, levels - 1) for each in value)
+    return seen[id(value)]
 
 
 def read_options(

@@ -20,6 +20,7 @@ from .callers import frames, is_foreign, operation
 from .copies import reduced, self_copying
 from .displaced import note, take_back
 from .slots import SLOT, Slots, base_class, slots_of
+from .trainers import guard_trainers
 
 _ADVICE = (
     "Call convpeft.merge(model) first, or convpeft.eject(model) if they may go; what {who} had changed around them was taken "
@@ -65,6 +66,7 @@ class Guarded(Guard):
 @cache
 def guarded_class(base: Any) -> Any:
     """Return the generated subclass of exactly ``base``, of the same name, that guards its children."""
+    guard_trainers([base])
     body: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
