@@ -226,10 +226,13 @@ class AdaptedModel:
     def _key_at(self, name: str) -> str | None:
         """Return under which name the module that is now called ``name`` was swapped; None if it was not."""
         try:
-            slots = slots_of(self.module(name))
+            module = self.module(name)
+            slots = slots_of(module)
+            if slots is None:
+                return None
+            return name if slots.key == name or self.module(slots.key) is module else slots.key  # a second name of it
         except StateError:
             return None
-        return None if slots is None else slots.key
 
     def require_unrouted(self) -> None:
         """Raise a StateError inside ``route``, or inside a block of another thread; else do nothing."""
