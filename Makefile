@@ -14,7 +14,7 @@ help:
 	@echo "make test    install into $(VENV) and run all tests (ARGS=... goes to pytest)"
 	@echo "make quick   the tests without the slow ones"
 	@echo "make mutants drop each field of ConvGeometry in turn and see a test fail (about a minute)"
-	@echo "make nightly every merge form of every layer and kind, 20,000 property cases, 12,000 hostile files (half an hour)"
+	@echo "make nightly every merge form of every layer and kind, 20,000 property cases, 12,000 hostile files, interrupts, exports"
 	@echo "make benchmarks  measure against full fine-tuning and peers, write docs/benchmarks.md (about 40 minutes)"
 	@echo "make check   format and lint, types, doctests, quick tests"
 	@echo "make docs    build the pages of docs/ into build/site"
@@ -40,7 +40,7 @@ mutants: $(VENV)/.installed-example,commands,detectors,test
 	$(BIN)/python -m tests.mutants
 
 nightly: $(VENV)/.installed-example,commands,detectors,test
-	$(BIN)/python -m pytest tests/merging tests/properties tests/files/test_hostile.py --nightly -s $(ARGS)
+	$(BIN)/python -m pytest tests/merging tests/properties tests/files/test_hostile.py tests/injection/test_interrupts.py tests/usage/test_sizes.py --nightly -s $(ARGS)
 
 benchmarks: $(VENV)/.installed-example,benchmarks
 	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks $(ARGS)  # waking threads that sleep would be measured

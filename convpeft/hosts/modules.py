@@ -27,16 +27,6 @@ def base_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
     return named_inside(found)
 
 
-def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of the user's modules by name, all names of a shared one; none of convpeft's."""
-    return {
-        f"{name}.{key}" if name else key: parameter
-        for name, module in base_modules(root)
-        for key, parameter in module._parameters.items()
-        if parameter is not None
-    }
-
-
 def unique_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the user's modules, each once, under its first name."""
     found: dict[int, tuple[str, nn.Module]] = {}

@@ -14,15 +14,13 @@ from ..errors import AdapterConflict, StateError
 from ..hosts.buffers import bring_out, note_buffers, put_away, weights_stamp
 from ..hosts.journal import Journal
 from ..hosts.model import AdaptedModel
-from ..hosts.records import ModelState
+from ..hosts.records import ModelState, Names
 from ..hosts.slots import Slots
 from ..hosts.swap import hold
 from ..hosts.threads import Block
 from ..hosts.trained import train_only
 from ..hosts.transaction import change
 from ..hosts.unfrozen import check_exchange, swap_in
-
-Names = tuple[str, ...]
 
 
 def set_active(model: nn.Module, names: str | Iterable[str] | None) -> None:

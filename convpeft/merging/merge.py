@@ -13,10 +13,10 @@ from torch import nn
 from ..errors import GeometryError, MergeError, OptionError
 from ..hosts.buffers import forget, remember
 from ..hosts.chains import attach_chains, set_bias
-from ..hosts.journal import Journal, all_modules, all_parameters
+from ..hosts.journal import Journal, all_modules, all_parameters, named_parameters
 from ..hosts.kept import users_modules
 from ..hosts.model import ATTRIBUTE, AdaptedModel
-from ..hosts.modules import base_modules, device_and_dtype, is_sequence, named_parameters
+from ..hosts.modules import base_modules, device_and_dtype, is_sequence
 from ..hosts.rewriting import mentioned
 from ..hosts.slots import SLOT
 from ..hosts.transaction import change, with_normal_tensors
@@ -227,7 +227,7 @@ def _drop_adapters(adapted: AdaptedModel, kept: set[str], journal: Journal) -> N
     if not kept:
         adapted.restore(state.swapped)
         del adapted.root.__dict__[ATTRIBUTE]
-        for key, parameter in named_parameters(adapted.root).items():
+        for key, parameter in named_parameters(adapted.root):
             set_requires_grad(parameter, state.requires_grad.get(key, False))
         return
     for name in list(state.adapters):
