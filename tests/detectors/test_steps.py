@@ -104,7 +104,7 @@ CASES = [
     ("BatchNorm held", LooseNorms, "running statistics changed"),
     ("save and load", Forgetful, "output 0 differs"),
     ("merge", Imprecise, "largest difference"),
-    ("merge", NotMerging, "is a AdaptedConv2d"),
+    ("merge", NotMerging, "is a MobileNetV3"),
     ("merge", Losing, "largest difference"),
     ("eject", Staining, "other values"),
     ("eject", Remaining, "other keys"),

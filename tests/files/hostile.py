@@ -25,6 +25,7 @@ from tests.adapter_files import SPEC, base, bits, condition, parts, picture, put
 from tests.cases import same_bits
 
 MOST_SECONDS, MOST_MEGABYTES, MOST_TEXT = 2.0, 64, 20_000
+SECONDS = "s of processor time"
 VALUES = [
     None, True, False, -1, 0, 1, 2, 3, 7, 64, 1024, 65_536, 10**9, 2**31, 2**63, 10**40, 10**399, 0.5, -2.5, 1e38, 1e308,
     float("nan"), float("inf"), "", "x", "../../etc/passwd", "http://127.0.0.1:9/x", "os", "lora", "peft:hra", "a" * 3000,
@@ -204,7 +205,7 @@ def tried(model: torch.nn.Module, path: Path, picture: torch.Tensor) -> tuple[st
         WATCHING[0] = False
     seconds = time.process_time() - started
     if seconds > MOST_SECONDS:
-        wrong = f"{seconds:.1f} s"
+        wrong = f"{seconds:.1f} {SECONDS}"
     if WATCHED:
         wrong = WATCHED[0]
     if outcome == "loaded":
@@ -235,6 +236,9 @@ def run(count: int, seed: int) -> dict[str, Any]:
         said = change(draw, draw.choice([taken, taken, other]), path)
         memory = max(memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # what making the file took
         outcome, problem = tried(model, path, x)
+        for _ in range(2):  # a neighbour on the machine takes time too, what hangs does so again
+            if problem.endswith(SECONDS):
+                outcome, problem = tried(model, path, x)
         found[outcome] += 1
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
         problem = problem or (f"{grown:.0f} MB" if grown > MOST_MEGABYTES else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 
 import pytest
 from hypothesis import example, given, settings
@@ -123,11 +122,13 @@ def test_patterns_that_are_none(pattern, text):
 )
 def test_no_pattern_takes_long(pattern):
     names = ["a" * 1000, ".".join("a" * 500), ".".join(["aaab"] * 200), ("a" * 60 + ".") * 15 + "a"]
-    started = time.process_time()
-    with contextlib.suppress(PatternError):
-        glob = Glob(pattern)
-        assert [name for name in names if glob.matches(name)] == []
-    assert time.process_time() - started < 4
+
+    def matched():
+        with contextlib.suppress(PatternError):
+            glob = Glob(pattern)
+            assert [name for name in names if glob.matches(name)] == []
+
+    within(4, matched)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +144,12 @@ def test_no_pattern_takes_long(pattern):
     ],
 )
 def test_what_braces_multiply_is_counted_first(pattern, text):
-    started = time.process_time()
-    with pytest.raises(PatternError, match=text) as caught:
-        matches(pattern, "a")
-    assert time.process_time() - started < 0.5
-    assert len(str(caught.value)) < 400
+    def refusal():
+        with pytest.raises(PatternError, match=text) as caught:
+            matches(pattern, "a")
+        return str(caught.value)
+
+    assert len(within(0.5, refusal)) < 400
 
 
 @pytest.mark.parametrize(

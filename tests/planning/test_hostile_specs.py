@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import json
-import time
+import re
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ import yaml
 import convpeft
 from convpeft import OptionError, PatternError, Rule, Spec, SpecError, Unfreeze
 from convpeft.errors import shown
+from tests.limits import within
 from tests.detector import Untouched, detector
 
 GOOD = {
@@ -86,14 +87,15 @@ def model():
 
 def refusal_of(function, *arguments):
     """Return the text of a SpecError, or nothing if there was none; any other error passes through."""
-    started = time.process_time()
-    try:
-        function(*arguments)
-    except SpecError as error:
-        text = str(error)
-    else:
-        text = ""
-    assert time.process_time() - started < 2
+
+    def tried():
+        try:
+            function(*arguments)
+        except SpecError as error:
+            return str(error)
+        return ""
+
+    text = within(2, tried)
     assert len(text) < 20_000
     return text
 
@@ -225,14 +227,13 @@ def test_too_many_rules_and_patterns_are_refused_at_once(model):
 def test_rules_for_the_same_modules_take_time_in_proportion():
     """Each of 200 rules gives way to the one before it on all modules but one: the plan lists every one of them."""
     model = torch.nn.Sequential(*(torch.nn.Conv2d(1, 1, 1) for _ in range(200)))
-    started = time.process_time()
-    with pytest.raises(
-        PatternError, match=r"199 problems(.|\n)*rule 2: .* gets nothing, because rule 1 already took all 200"
-    ):
-        convpeft.plan(model, Spec([Rule("*", "lora", rank=1)] * 200))
+    same = Spec([Rule("*", "lora", rank=1)] * 200)
+    assert re.search(
+        r"199 problems(.|\n)*rule 2: .* gets nothing, because rule 1 already took all 200",
+        refusal_of(convpeft.plan, model, same),
+    )
     rising = [Rule("{" + ",".join(map(str, range(n + 1))) + "}", "lora", rank=1) for n in range(200)]
-    plan = convpeft.plan(model, Spec(rising))
-    assert time.process_time() - started < 5
+    plan = within(5, lambda: convpeft.plan(model, Spec(rising)))
     assert len(plan.shadowed) == 199 * 200 // 2
     assert plan.shadowed[:3] == (("0", 2, 1), ("0", 3, 1), ("1", 3, 2))
 
