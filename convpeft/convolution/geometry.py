@@ -75,6 +75,9 @@ class ConvGeometry:
             output_padding=_pair(layer.output_padding),
         )  # fmt: skip
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ConvGeometry:
+        return self  # nothing in it can change; a copied model has hundreds
+
     @property
     def in_per_group(self) -> int:
         """Number of input channels that each output channel reads."""

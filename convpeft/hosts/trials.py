@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -18,7 +18,7 @@ from .records import ATTRIBUTE
 from .slots import slots_of
 
 Module = TypeVar("Module", bound=nn.Module)
-_PLAIN = (str, bytes, int, float, bool, complex, type(None))  # what holds nothing
+_PLAIN = {str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device}  # what holds nothing
 
 
 def deep_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
@@ -35,8 +35,10 @@ def deep_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
     """
     memo = {} if memo is None else memo
     with torch.inference_mode(False):
-        memo.update(dict.fromkeys(_records_elsewhere(module)))
-        for tensor in _graph_tensors([part.__dict__ for part in module.modules()]):
+        parts = list(module.modules())
+        memo.update(dict.fromkeys(_records_elsewhere(parts)))
+        memo.update(_empty_twins(parts))
+        for tensor in _graph_tensors([part.__dict__ for part in parts], memo):
             memo[id(tensor)] = tensor.detach().clone()
         start = dict(memo)
         try:
@@ -50,9 +52,18 @@ def deep_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
             return copy.deepcopy(module, memo)
 
 
-def _records_elsewhere(module: nn.Module) -> set[int]:
+def _empty_twins(parts: Sequence[nn.Module]) -> dict[int, Any]:
+    """Return for each empty dict that a module has (ten kinds of hooks, mostly) a new one: most of a copy's time otherwise."""
+    return {
+        id(value): OrderedDict() if type(value) is OrderedDict else {}
+        for part in parts
+        for value in part.__dict__.values()
+        if not value and type(value) in (dict, OrderedDict)
+    }
+
+
+def _records_elsewhere(parts: Sequence[nn.Module]) -> set[int]:
     """Return the ``id`` of records that modules refer to and that belong to a model around them."""
-    parts = list(module.modules())
     known = {id(slots.state) for part in parts if (slots := slots_of(part)) is not None and slots.state is not None}
     return known - {id(part.__dict__.get(ATTRIBUTE)) for part in parts}
 
@@ -61,8 +72,13 @@ def _hooks(module: nn.Module) -> list[dict[int, Any]]:
     return [value for name, value in module.__dict__.items() if name.endswith("_hooks") and isinstance(value, dict)]
 
 
-def _graph_tensors(values: list[Any]) -> Iterator[Tensor]:
-    """Yield the tensors of autograd's graph in values, in containers and objects in them, and so on."""
+def _graph_tensors(values: list[Any], copied: Container[int] = ()) -> Iterator[Tensor]:
+    """Yield the tensors of autograd's graph in values, in containers and objects in them, and so on.
+
+    Args:
+        values: to look through.
+        copied: the ``id`` of what is not looked through.
+    """
     waiting, seen = list(values), set(map(id, values))
     while waiting:
         value = waiting.pop()
@@ -71,7 +87,7 @@ def _graph_tensors(values: list[Any]) -> Iterator[Tensor]:
                 yield value
             continue
         for part in _parts(value):
-            if not isinstance(part, _PLAIN) and id(part) not in seen:
+            if type(part) not in _PLAIN and id(part) not in seen and id(part) not in copied:
                 seen.add(id(part))
                 waiting.append(part)
 

@@ -158,7 +158,7 @@ def assert_whole(verb: str, count: int, start: Callable, call: Callable) -> set[
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_interrupt_leaves_one_of_the_two(verb):
-    assert "before" in assert_whole(verb, 60, *VERBS[verb])
+    assert "before" in assert_whole(verb, 24, *VERBS[verb])
 
 
 @pytest.mark.nightly
@@ -167,7 +167,7 @@ def test_many_interrupts_leave_one_of_the_two(verb):
     assert "before" in assert_whole(verb, 400, *VERBS[verb])
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(400, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [30, pytest.param(400, marks=pytest.mark.nightly)])
 def test_an_interrupted_pass_leaves_the_model_routed(count):
     """Inside the block every sample still goes through its own adapters, and after it the model is as before."""
     model = evaluated()
@@ -186,7 +186,7 @@ def test_an_interrupted_pass_leaves_the_model_routed(count):
     assert not differences(before, look(model, X))
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(400, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [20, pytest.param(400, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("names", ["a", None, ["a", "b"]], ids=str)
 def test_an_interrupted_enter_is_outside_and_an_interrupted_leave_too(names, count):
     model = adapted()

@@ -14,8 +14,8 @@ import yaml
 import convpeft
 from convpeft import OptionError, PatternError, Rule, Spec, SpecError, Unfreeze
 from convpeft.errors import shown
-from tests.limits import within
 from tests.detector import Untouched, detector
+from tests.limits import within
 
 GOOD = {
     "version": 1,

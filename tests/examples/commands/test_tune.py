@@ -173,6 +173,7 @@ def test_an_interrupted_trial_is_queued_again(place, tmp_path, monkeypatch):
     assert [trial["folder"] for trial in read(tmp_path / "study.json")["trials"]] == ["0000", "0002"]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_study_survives_the_kill_of_a_process_and_takes_its_trial_up(place, tmp_path):
     options = [str(option) for option in steps(place, 8, "--trials", 2, "--pruner", "none", "--out", tmp_path)]
