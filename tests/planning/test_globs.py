@@ -12,6 +12,7 @@ from torch import nn
 import convpeft
 from convpeft import PatternError
 from convpeft.planning.globs import Glob, is_literal, matches, quoted
+from tests.limits import within
 from tests.references import matching as reference
 
 # pattern, the names it matches, the names it does not
