@@ -58,7 +58,7 @@ def _empty_twins(parts: Sequence[nn.Module]) -> dict[int, Any]:
         id(value): OrderedDict() if type(value) is OrderedDict else {}
         for part in parts
         for value in part.__dict__.values()
-        if not value and type(value) in (dict, OrderedDict)
+        if type(value) in (dict, OrderedDict) and not value
     }
 
 
