@@ -18,7 +18,11 @@ from .conftest import BenchOf
 
 REP_MONA = Convpeft({"kind": "rep_mona", "rank": 2, "kernel_sizes": [3, 5], "only": ["Conv2d"]})
 families = pytest.mark.parametrize("family", FAMILIES)
-one_of_each_codebase = pytest.mark.parametrize("family", {name.split("-")[0]: name for name in FAMILIES}.values())
+ONE_OF_EACH = {name.split("-")[0]: name for name in FAMILIES}.values()
+one_of_each_codebase = pytest.mark.parametrize("family", ONE_OF_EACH)
+the_others_at_night = pytest.mark.parametrize(
+    "family", [name if name in ONE_OF_EACH else pytest.param(name, marks=pytest.mark.nightly) for name in FAMILIES]
+)
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=[name.replace(" ", "-") for name in STEPS])
@@ -27,7 +31,7 @@ def test_lora_on_every_layer(family: str, step: Callable[[Bench], None], bench_o
     step(bench_of(family))
 
 
-@families
+@the_others_at_night
 def test_rep_mona_on_every_convolution(family: str, bench_of: BenchOf) -> None:
     bench = bench_of(family, REP_MONA)
     model, bare = bench.attached(torch.float64), bench.bare(torch.float64)

@@ -29,8 +29,8 @@ from tests.world import (
     world,
 )
 
-each_scale = pytest.mark.parametrize("scale", SCALES)
-slow_on_l = pytest.mark.parametrize("scale", ["n", "s", pytest.param("l", marks=pytest.mark.slow)])
+every_scale = pytest.mark.parametrize("scale", SCALES)
+small_scales = pytest.mark.parametrize("scale", ["n", "s", pytest.param("l", marks=pytest.mark.nightly)])
 
 
 def flags(model: nn.Module) -> dict[str, bool]:
@@ -41,7 +41,7 @@ def classes(model: nn.Module) -> list[tuple[str, type]]:
     return [(name, type(module)) for name, module in model.named_modules()]
 
 
-@each_scale
+@every_scale
 def test_injecting_changes_no_output(scale):
     model = world(scale)
     before = outputs(model)
@@ -50,7 +50,7 @@ def test_injecting_changes_no_output(scale):
     assert {layer.kind for layer in convpeft.plan(world(scale), MIXED).layers} == {"lora", "rep_mona", "bottleneck"}
 
 
-@each_scale
+@small_scales
 def test_injecting_changes_no_output_of_a_batch(scale):
     """Against the base as frozen: on a batch, one text for all images, torch picks a Linear's kernel by what trains."""
     model = world(scale)
@@ -58,7 +58,7 @@ def test_injecting_changes_no_output_of_a_batch(scale):
     assert same(outputs(model, pictures()), outputs(world(scale).requires_grad_(False), pictures()))
 
 
-@each_scale
+@every_scale
 def test_base_keys_keep_their_names_and_order_and_a_base_checkpoint_loads(scale):
     model, checkpoint = world(scale), bits(world(scale, seed=7))
     keys = list(model.state_dict())
@@ -73,7 +73,7 @@ def test_base_keys_keep_their_names_and_order_and_a_base_checkpoint_loads(scale)
     assert same_bits(bits(model), checkpoint)
 
 
-@slow_on_l
+@small_scales
 def test_copies_and_whole_model_files_keep_the_adapters(scale):
     model = world(scale)
     convpeft.inject(model, MIXED, name="screw")
@@ -92,7 +92,7 @@ def test_copies_and_whole_model_files_keep_the_adapters(scale):
     assert same(outputs(model), expected)
 
 
-@each_scale
+@small_scales
 def test_training_reaches_adapters_and_unfrozen_parts_only(scale):
     model = world(scale)
     base = bits(model)
@@ -115,7 +115,7 @@ def test_training_reaches_adapters_and_unfrozen_parts_only(scale):
     assert {name for name in unfrozen if ".cv3." in name} <= changed <= unfrozen
 
 
-@each_scale
+@small_scales
 def test_norms_are_held_through_steps_and_train_calls(scale):
     model = world(scale).train()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -140,7 +140,7 @@ def test_norms_are_held_through_steps_and_train_calls(scale):
     assert all(norm.training for norm in norms)
 
 
-@each_scale
+@every_scale
 def test_eject_returns_the_base_bit_for_bit(scale):
     model, fresh = world(scale), world(scale)
     before, objects = outputs(model), {name: id(p) for name, p in model.named_parameters()}
@@ -158,7 +158,7 @@ def test_eject_returns_the_base_bit_for_bit(scale):
     assert same(outputs(model), before)
 
 
-@each_scale
+@small_scales
 def test_adapters_with_different_unfrozen_layers_swap_bit_for_bit(scale, tmp_path):
     model = world(scale)
     bare = outputs(model)
@@ -186,7 +186,7 @@ def test_adapters_with_different_unfrozen_layers_swap_bit_for_bit(scale, tmp_pat
     ("scale", "form"),
     [
         *[("n", "auto"), ("n", "single"), ("n", "factored"), ("s", "auto")],
-        *[pytest.param(*each, marks=pytest.mark.slow) for each in [("s", "single"), ("l", "auto")]],
+        *[pytest.param(*each, marks=pytest.mark.nightly) for each in [("s", "single"), ("l", "auto")]],
     ],
 )
 def test_every_merged_layer_equals_the_adapted_one(scale, form):
@@ -212,7 +212,7 @@ def test_every_merged_layer_equals_the_adapted_one(scale, form):
     assert forms == {"absorbed", "factored"} if form != "single" else {"absorbed", "single"}
 
 
-@slow_on_l
+@small_scales
 def test_layers_that_cannot_merge_are_named_and_nothing_changes(scale):
     model = world(scale)
     convpeft.inject(model, MIXED)
@@ -230,7 +230,7 @@ def test_layers_that_cannot_merge_are_named_and_nothing_changes(scale):
     assert same(outputs(model), expected)
 
 
-@each_scale
+@small_scales
 def test_fuse_is_refused_on_an_adapted_model(scale):
     model = world(scale)
     convpeft.inject(model, MIXED)
@@ -243,7 +243,7 @@ def test_fuse_is_refused_on_an_adapted_model(scale):
     assert same(outputs(model), expected)
 
 
-@each_scale
+@small_scales
 def test_ultralytics_moving_average_follows_the_adapters(scale):
     from ultralytics.utils.torch_utils import ModelEMA
 
@@ -298,7 +298,7 @@ def test_specs_that_cannot_be_are_refused_and_nothing_changes(case):
     assert "_convpeft_state" not in model.__dict__
 
 
-@each_scale
+@small_scales
 def test_another_base_is_refused_and_nothing_changes(scale, tmp_path):
     model = world(scale)
     convpeft.inject(model, MIXED, name="screw")

@@ -36,6 +36,7 @@ def stop_at(monkeypatch, name: str, step: int) -> None:
     monkeypatch.setattr(trainer.Trainer, "take_step", take_step)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_compare_keeps_finished_rows_and_goes_on_with_the_one_that_was_cut_off(place, tmp_path, monkeypatch, capsys):
     options = compare_options(place)

@@ -137,6 +137,7 @@ def test_the_command_runs_under_torchrun(folder):
     assert (folder / "torchrun" / "checkpoint.safetensors").is_file()
 
 
+@pytest.mark.nightly
 def test_one_process_trains_a_missing_base_while_the_others_wait(tmp_path):
     small = ["--image-size", 64, "--images", 2, "--base-steps", 2, "--batch-size", 1, "--steps", 1, "--evaluations", 1]
     command = ["examples.yolo_world", "train", *small, "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
