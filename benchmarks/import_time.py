@@ -6,6 +6,7 @@ in an order drawn anew. Example: ``python -m benchmarks.import_time --rounds 9``
 
 from __future__ import annotations
 
+import compileall
 import json
 import random
 import statistics
@@ -43,6 +44,7 @@ def sample(library: str) -> dict:
 
 def measured(libraries: Sequence[str], *, rounds: int, warm_up: int = 1, seed: int = 0) -> Table:
     """Return a table of the seconds over ``import torch``, torch itself being the baseline."""
+    compileall.compile_dir(ROOT / "convpeft", quiet=1)  # as pip does with the others when it installs them
     order, samples = random.Random(seed), {library: [] for library in libraries}
     for number in tqdm(range(warm_up + rounds), desc="rounds", disable=None):
         for library in order.sample(list(libraries), len(libraries)):

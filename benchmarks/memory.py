@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -52,6 +53,27 @@ class Held:
             self.ledger.give_back(self.address, self.size)
 
 
+def is_input(tensor: Tensor) -> bool:
+    """Return whether the autograd node that is saving a tensor now has it as an input; one that saves its output does not.
+
+    Nodes are numbered as they are made. The newest is the one that saves; an output belongs to it, an input to an older one.
+    """
+    node: Any = tensor.grad_fn
+    return node is not None and node._sequence_nr() < torch._C._autograd._get_sequence_nr() - 1
+
+
+def pack(tensor: Tensor, ledger: Ledger) -> Tensor | Held:
+    """Return what to save for a tensor: inputs are saved as they are, as without hooks, so that layers can recompute theirs."""
+    if not is_input(tensor):
+        return Held(tensor, ledger)
+    storage = tensor.untyped_storage()
+    address, size = storage.data_ptr(), storage.nbytes()
+    if address not in ledger.ignored:
+        ledger.take(address, size)
+        weakref.finalize(tensor, ledger.give_back, address, size)
+    return tensor
+
+
 def saved_bytes(step: Callable[[], Any], modules: Iterable[nn.Module] = ()) -> int:
     """Return the most bytes that autograd held for backward at one time during a step.
 
@@ -62,7 +84,9 @@ def saved_bytes(step: Callable[[], Any], modules: Iterable[nn.Module] = ()) -> i
         modules: whose parameters do not count.
     """
     ledger = Ledger({p.untyped_storage().data_ptr() for module in modules for p in module.parameters()})
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: Held(tensor, ledger), lambda held: held.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: pack(tensor, ledger), lambda saved: saved.tensor if isinstance(saved, Held) else saved
+    ):
         step()
     return ledger.most
 
