@@ -9,6 +9,7 @@ from .errors import (
 )  # fmt: skip
 from .files.header import inspect_adapter
 from .files.loading import load_adapter
+from .files.peft_format import from_peft, to_peft
 from .files.saving import save_adapter
 from .hosts.model import AdaptedModel
 from .injection.checking import check
@@ -30,6 +31,6 @@ __all__ = [
     "ConvPeftError", "GeometryError", "HostError", "MergeError", "MergePlan", "NotMergeable", "OptionError", "PatternError",
     "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site", "Spec", "SpecError", "StateError", "Unfreeze",
     "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds", "auxiliary_loss", "check", "disabled", "eject",
-    "inject", "inspect_adapter", "load_adapter", "merge", "param_groups", "plan", "plan_merge", "register_adapter", "route",
-    "save_adapter", "set_active", "summary", "using",
+    "from_peft", "inject", "inspect_adapter", "load_adapter", "merge", "param_groups", "plan", "plan_merge", "register_adapter", "route",
+    "save_adapter", "set_active", "summary", "to_peft", "using",
 ]  # fmt: skip
