@@ -28,7 +28,7 @@ _READ = {  # what is read, or changes no number of an adapter that was trained a
     "runtime_config", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
     "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out", "feedforward_modules", "ensure_weight_tying",
 }  # fmt: skip
-_LORA = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights"}
+_LORA = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "init_lora_weights"}
 _IDLE = {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}}  # say nothing by themselves
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # starts of LoRA that leave the base as it is
 

@@ -191,7 +191,7 @@ def _inexpressible(adapted: AdaptedModel, adapters: Mapping[str, Adapter], name:
     both = [layer for layer in adapters if any(is_within(layer, owned) for owned in record.owned)]
     if both:
         yield f"{shortened(both)}: adapted and unfrozen, and peft has one or the other"
-    for field in ("dropout", "rslora", "dora") if kinds == ["lora"] else ("dropout",):
+    for field in ("dropout", "rslora", "dora", "bias") if kinds == ["lora"] else ("dropout",):
         told = {getattr(adapter.options, field) for adapter in adapters.values()}
         if len(told) > 1:
             yield f"its layers have {field} {', '.join(map(str, sorted(told)))}, and a peft folder has one for all"
@@ -236,6 +236,7 @@ def _settings(method: str, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     if first.kind == "lora":
         options = first.options
         config |= {"use_rslora": options.rslora, "use_dora": options.dora, "lora_dropout": options.dropout}
+        config |= {"lora_bias": True} if options.bias else {}
         each = {layer: {"r": a.options.rank, "lora_alpha": _alpha(a)} for layer, a in adapters.items()}
     else:
         config |= first.options.settings()

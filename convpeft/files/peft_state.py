@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from ..injection.values import Given
 from .peft_config import PeftConfig
 
 _LORA = {"lora_A.weight": "down", "lora_B.weight": "up"}
+_BIAS = "lora_B.bias"
 _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 
 
@@ -97,10 +99,13 @@ def given_lora(config: PeftConfig, name: str, module: nn.Module, tensors: Mappin
         ConvPeftError: if its tensors are not those of a LoRA, or of another rank than the configuration says.
     """
     values = {ours: tensors[theirs] for theirs, ours in _LORA.items() if theirs in tensors}
-    known = set(_LORA) | set(_MAGNITUDES)
+    known = {*_LORA, *_MAGNITUDES, *([_BIAS] if config.values.get("lora_bias") else [])}
     strange = [key for key in tensors if key not in known]
-    if len(values) < 2 or strange:
-        what = f"{brief(strange[0])} has no counterpart here" if strange else "lora_A or lora_B is missing"
+    missing = len(values) < 2 or (config.values.get("lora_bias") and _BIAS not in tensors)
+    if missing or strange:
+        what = (
+            f"{brief(strange[0])} has no counterpart here" if strange else "lora_A or lora_B, or its bias, is missing"
+        )
         raise ConvPeftError(f"{name}: {what}")
     geometry = ConvGeometry.of(module)
     values = {key: value if value.ndim == 4 else value[..., None, None] for key, value in values.items()}
@@ -111,6 +116,9 @@ def given_lora(config: PeftConfig, name: str, module: nn.Module, tensors: Mappin
     options: dict[str, Any] = {"rank": rank, "alpha": float(config.of_layer("lora_alpha", "alpha_pattern", name) or 8)}
     if config.values.get("use_rslora"):
         options["rslora"] = True
+    if _BIAS in tensors:
+        options["bias"] = True
+        values["bias"] = tensors[_BIAS] * _scale(options)
     if config.values.get("lora_dropout"):
         options["dropout"] = config.values["lora_dropout"]
     magnitude = next((tensors[key] for key in _MAGNITUDES if key in tensors), None)
@@ -123,6 +131,10 @@ def given_lora(config: PeftConfig, name: str, module: nn.Module, tensors: Mappin
         options["dora"] = True
         values["magnitude"] = (magnitude.flatten().double() - norms).to(magnitude.dtype)
     return Given("lora", options, values)
+
+
+def _scale(options: Mapping[str, Any]) -> float:
+    return options["alpha"] / (math.sqrt(options["rank"]) if options.get("rslora") else options["rank"])
 
 
 def given_method(config: PeftConfig, name: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> Given:
@@ -195,6 +207,8 @@ def peft_tensors(adapter: Adapter, module: nn.Module) -> Iterator[tuple[str, Ten
         down = embed_on_grid(down, geometry.kernel_size, geometry.kernel_size)
     yield "lora_A.weight", down.flatten(1) if geometry.linear else down
     yield "lora_B.weight", up.flatten(1) if geometry.linear else up
+    if adapter.options.bias:
+        yield _BIAS, adapter.state_dict()["bias"] / adapter.scale  # type: ignore[operator]  # peft scales it
     if adapter.options.dora:
         difference = adapter.state_dict()["magnitude"]
         magnitude = (weight_norms(module) + difference.double().cpu()).to(difference.dtype)

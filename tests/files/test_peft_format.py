@@ -22,6 +22,7 @@ METHODS = {
     "lora": lambda **o: peft.LoraConfig(r=4, lora_alpha=6, rank_pattern={"head": 2}, alpha_pattern={"stem": 3}, **o),
     "rslora": lambda **o: peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, rank_pattern={"^head": 2}, **o),
     "dora": lambda **o: peft.LoraConfig(r=4, use_dora=True, lora_dropout=0.1, **o),
+    "bias": lambda **o: peft.LoraConfig(r=4, lora_alpha=6, lora_bias=True, **o),
     "loha": lambda **o: peft.LoHaConfig(r=4, alpha=6, rank_pattern={"head": 2}, alpha_pattern={"stem": 3}, **o),
     "lokr": lambda **o: peft.LoKrConfig(r=2, alpha=3, **o),
     "hra": lambda **o: peft.HRAConfig(r=4, **o),
@@ -96,7 +97,7 @@ def test_an_adapter_of_peft_goes_in_and_comes_out_as_peft_computes_it(method, tm
     ours = copy.deepcopy(base)
     plan = convpeft.from_peft(ours, tmp_path / "theirs", name="travelled")
     assert {layer.name for layer in plan.layers} == set(targets)
-    own = method in ("lora", "rslora", "dora")
+    own = method in ("lora", "rslora", "dora", "bias")
     assert {layer.kind for layer in plan.layers} == {"lora" if own else f"peft:{method}"}
     assert plan.owned == ({} if method == "ia3" else {"norm": 1.0})
     assert not torch.allclose(base(x), expected)
@@ -259,7 +260,8 @@ def test_names_that_peft_would_match_too_are_kept_apart(tmp_path):
     ("change", "match"),
     [
         ({"init_lora_weights": "pissa"}, "changes the base's weights"),
-        ({"lora_bias": True}, "'lora_bias' is True, which has no counterpart"),
+        ({"lora_bias": True}, "stem: lora_A or lora_B, or its bias, is missing"),
+        ({"use_qalora": True}, "'use_qalora' is True, which has no counterpart"),
         ({"trainable_token_indices": [1]}, "no counterpart"),
         ({"peft_type": "PREFIX_TUNING"}, "peft_type 'PREFIX_TUNING' is none of"),
         ({"rank_pattern": {"stem": 3}}, "stem: its rank is 4, and the configuration says 3"),
@@ -281,7 +283,7 @@ def test_a_configuration_that_says_something_else_is_refused(change, match, tmp_
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda t: t.pop("base_model.model.stem.lora_B.weight"), "stem: lora_A or lora_B is missing"),
+        (lambda t: t.pop("base_model.model.stem.lora_B.weight"), "stem: lora_A or lora_B, or its bias, is missing"),
         (lambda t: t.update({"stem.lora_C.weight": torch.ones(1)}), "does not begin with"),
         (lambda t: t.update({"base_model.model.gone.lora_A.weight": torch.ones(1)}), "no layer of this model"),
         (lambda t: t.update({"base_model.model.head.lora_B.bias": torch.ones(4)}), "lora_B.bias has no counterpart"),
