@@ -13,6 +13,7 @@ from .files.peft_format import from_peft, to_peft
 from .files.saving import save_adapter
 from .hosts.model import AdaptedModel
 from .injection.checking import check
+from .injection.extracting import ExtractedLayer, Extraction, extract
 from .injection.inject import eject, inject
 from .injection.routing import route
 from .injection.switching import active_adapters, disabled, set_active, using
@@ -28,9 +29,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptedModel", "Adapter", "AdapterConflict", "AdapterFileError", "AdapterOptions", "BaseMismatch", "ConvGeometry",
-    "ConvPeftError", "GeometryError", "HostError", "MergeError", "MergePlan", "NotMergeable", "OptionError", "PatternError",
-    "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site", "Spec", "SpecError", "StateError", "Unfreeze",
-    "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds", "auxiliary_loss", "check", "disabled", "eject",
-    "from_peft", "inject", "inspect_adapter", "load_adapter", "merge", "param_groups", "plan", "plan_merge", "register_adapter", "route",
-    "save_adapter", "set_active", "summary", "to_peft", "using",
+    "ConvPeftError", "ExtractedLayer", "Extraction", "GeometryError", "HostError", "MergeError", "MergePlan",
+    "NotMergeable", "OptionError", "PatternError", "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site", "Spec",
+    "SpecError", "StateError", "Unfreeze", "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds",
+    "auxiliary_loss", "check", "disabled", "eject", "extract", "from_peft", "inject",
+    "inspect_adapter", "load_adapter", "merge", "param_groups", "plan", "plan_merge", "register_adapter",
+    "route", "save_adapter", "set_active", "summary", "to_peft", "using",
 ]  # fmt: skip
