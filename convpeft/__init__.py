@@ -13,7 +13,8 @@ from .files.peft_format import from_peft, to_peft
 from .files.saving import save_adapter
 from .hosts.model import AdaptedModel
 from .injection.checking import check
-from .injection.extracting import ExtractedLayer, Extraction, extract
+from .injection.extracting import extract
+from .injection.extraction import ExtractedLayer, Extraction
 from .injection.inject import eject, inject
 from .injection.routing import route
 from .injection.switching import active_adapters, disabled, set_active, using

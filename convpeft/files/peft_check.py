@@ -15,14 +15,16 @@ from ..convolution.comparison import compare
 from ..convolution.geometry import ConvGeometry, random_input
 from ..convolution.kernels import ConvKernel, add_kernels, compose
 from ..errors import ConvPeftError, brief
+from ..hosts.slots import BASE
 from ..hosts.swap import plain_copy
+from ..hosts.unfrozen import tensors_of
 from ..merging.forms import host_kernel
 from .peft_config import PREFIX
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 _NAME = "default"
 _TOLERANCE = 1e-9  # relative, in float64: the rounding of one layer and of DoRA's magnitude, and no more
-_STORED = 1e-6  # the same where a float32 magnitude holds the sum of two numbers
+_STORED = 1e-6  # the same where a magnitude or a bias was computed, and then rounded to float32
 
 
 def disagreements(
@@ -86,7 +88,7 @@ def _stand_in(
             continue
         parent, _, last = name.rpartition(".")
         container = next((each for each in _CONTAINERS if type(module) is each), nn.Module)
-        stand_in = plain_copy(module) if name in adapters else container()
+        stand_in = _bare(module) if name in adapters else container()
         for key, tensor in saved.get(name, {}).items() if name not in adapters else ():
             if isinstance(tensor, nn.Parameter):
                 stand_in.register_parameter(key, nn.Parameter(tensor.detach().cpu().clone(), tensor.requires_grad))
@@ -96,10 +98,19 @@ def _stand_in(
     return model
 
 
+def _bare(layer: nn.Module) -> nn.Module:
+    """Return a float64 copy of a layer with the base's own tensors, whatever it shows now."""
+    copied = plain_copy(layer)
+    for key, tensor in tensors_of(layer, BASE).items():
+        (copied._parameters.get(key) if key in copied._parameters else copied._buffers[key]).data.copy_(tensor)  # type: ignore[union-attr]
+    return copied
+
+
 def _difference(name: str, layer: Any, host: ConvKernel, adapter: Adapter) -> str | None:
     """Return how peft's layer differs from the convolution with the kernel that convpeft merges, or None."""
     geometry = ConvGeometry.of(layer.base_layer)
-    tolerance = _STORED if getattr(adapter.options, "dora", False) else _TOLERANCE
+    computed = adapter.kind == "lora" and (adapter.options.dora or adapter.options.bias)
+    tolerance = _STORED if computed else _TOLERANCE
     x = random_input(geometry, 2 * max(geometry.kernel_size) + 3, torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():

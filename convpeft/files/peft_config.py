@@ -6,6 +6,7 @@ Format: the package peft (0.21), https://huggingface.co/docs/peft/developer_guid
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,8 @@ CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 ALL_LINEAR = "all-linear"
 _MOST_BYTES = 2**20  # of a configuration
 _MOST_LETTERS = 100_000  # of a pattern
-_MOST_REPEATS = 4  # repetitions in a pattern: matching it takes polynomial time in the length of a name
+_MOST_STEPS = 1e7  # that matching one may take, as estimated
+_LONG = 50  # letters of a module's name
 _READ = {  # what is read, or changes no number of an adapter that was trained already
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "runtime_config", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
@@ -158,16 +160,37 @@ def _is_number(value: Any) -> bool:
 
 def _pattern_problem(text: str) -> str | None:
     """Return why a pattern of a file is not matched with names, or None when it is: it could take too long, or is none."""
-    bare = re.sub(r"\\.", "a", text)  # an escaped character is one like others
-    bare = re.sub(r"\[\^?\]?[^\]]*\]", "a", bare)
-    repeats = len(re.findall(r"[*+]|\{\d*,\d*\}", bare))
-    if len(text) > _MOST_LETTERS or repeats > _MOST_REPEATS or re.search(r"\)[*+{]|\(\?(?!:)|\\[1-9]", text):
+    if len(text) > _MOST_LETTERS or _most_steps(text) > _MOST_STEPS:
         return f"{shown(text)} is a pattern that could take too long to match; name the layers instead"
     try:
         re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
+    except (re.error, RecursionError, OverflowError, FutureWarning) as error:
         return f"{shown(text)} is no regular expression ({brief(str(error))})"
     return None
+
+
+def _most_steps(text: str) -> float:
+    """Return about how many ways a regular expression can go wrong on a name: repetitions, options and choices multiply.
+
+    A repeated group may go wrong in exponentially many; it is not allowed, nor are groups that look ahead or back.
+
+    Example:
+        >>> _most_steps("model[.](1|2)[.].*"), _most_steps("(a+)+")
+        (100.0, inf)
+    """
+    bare = re.sub(
+        r"\[[^\[\]]*\]", "a", re.sub(r"\\[^0-9]", "a", text)
+    )  # escaped characters and sets are one like others
+    if re.search(r"\)[*+{]|\(\?(?!:)|\\", bare):
+        return math.inf
+    bare = bare.replace("(?:", "(")
+    depth = choices = 0
+    for character in bare:
+        depth += (character == "(") - (character == ")")
+        choices += character == "|" and depth > 0
+    groups, repeats, options = bare.count("("), len(re.findall(r"[*+]|\{\d*,\d*\}", bare)), bare.count("?")
+    exponent = repeats * math.log(_LONG) + options * math.log(2) + groups * math.log(1 + choices / max(1, groups))
+    return round(math.exp(min(exponent, 100.0)), 3)
 
 
 def exactly(name: str) -> str:

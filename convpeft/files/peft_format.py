@@ -76,12 +76,12 @@ def from_peft(
     except AdapterFileError as error:
         hint = f" A peft folder has {CONFIG} and {TENSORS}; .bin files are pickles, save them again with peft."
         raise AdapterFileError(f"{error}.{hint if not (folder / TENSORS).exists() else ''}") from error
-    modules = dict(unique_modules(root))
-    found = sort_tensors(tensors, dict(base_modules(root)), PREFIX)
+    modules = dict(base_modules(root))
+    found = sort_tensors(tensors, modules, PREFIX)
     given = {}
-    problems = [*found.problems, *_untargeted(config, modules, found)]
+    problems = [*found.problems, *_untargeted(config, dict(unique_modules(root)), found)]
     for layer, own in found.adapters.items():
-        module = dict(base_modules(root))[layer]
+        module = modules[layer]
         refusal = arithmetic_refusal(ConvGeometry.of(module), config.method)
         try:
             if refusal:
@@ -94,7 +94,7 @@ def from_peft(
         problems.append("it has no tensors")
     _raise(folder, problems)
     prepared = prepare(root, given, found.owned, heading=str(folder), error=AdapterFileError, dtype=wanted)
-    _raise(folder, _check_beside_peft(modules, prepared, config, found))
+    _raise(folder, _check_beside_peft(modules, prepared, config.method, found))
     install(root, name, prepared.record, prepared.built, lean=lean)
     return prepared.plan
 
@@ -110,16 +110,19 @@ def _untargeted(config: PeftConfig, modules: Mapping[str, nn.Module], found: Sor
             yield f"{name}: the file has tensors for it, and its target_modules do not name it"
 
 
-def _check_beside_peft(
-    modules: Mapping[str, nn.Module], prepared: Prepared, config: PeftConfig, found: Sorted
-) -> list[str]:
-    """Return where peft's own layers, with the file's own tensors, compute something else than what was prepared."""
+def _check_beside_peft(modules: Mapping[str, nn.Module], prepared: Prepared, method: str, found: Sorted) -> list[str]:
+    """Return where peft's own layers compute something else than what was prepared.
+
+    They get the file's own tensors; where these were rounded to another dtype, the rounded ones.
+    """
     adapters = prepared.built.adapters
-    values = _settings(config.method, adapters)
-    state = {f"{PREFIX}{layer}.{key}": each for layer, own in found.adapters.items() for key, each in own.items()}
-    exact = {layer: adapter for layer, adapter in adapters.items() if not _is_rounded(adapter, found.adapters[layer])}
-    state = {key: each for key, each in state.items() if any(key.startswith(f"{PREFIX}{layer}.") for layer in exact)}
-    return disagreements(modules, exact, {}, {**values, "target_modules": any_of(exact)}, state) if exact else []
+    state: dict[str, Tensor] = {}
+    for layer, adapter in adapters.items():
+        own = found.adapters[layer]
+        tensors = dict(peft_tensors(adapter, modules[layer])) if _is_rounded(adapter, own) else own
+        state.update({f"{PREFIX}{layer}.{key}": each for key, each in tensors.items()})
+    config = {**_settings(method, adapters), "target_modules": any_of(adapters)}
+    return disagreements(modules, adapters, {}, config, state) if adapters else []
 
 
 def _is_rounded(adapter: Adapter, own: Mapping[str, Tensor]) -> bool:
@@ -151,7 +154,7 @@ def to_peft(model: nn.Module, folder: str | Path, *, name: str | None = None) ->
     record = adapted.record(name)
     note_training(adapted)
     check_tensors_present({key: (adapted.module(key), None) for key in record.owned})
-    modules, adapters = dict(unique_modules(adapted.root)), dict(adapted.adapters(name))
+    modules, adapters = dict(base_modules(adapted.root)), dict(adapted.adapters(name))
     problems = list(_inexpressible(adapted, adapters, name))
     _refuse(name, problems)
     method = next(iter(adapters.values())).kind.removeprefix("peft:")

@@ -118,7 +118,7 @@ def given_lora(config: PeftConfig, name: str, module: nn.Module, tensors: Mappin
         options["rslora"] = True
     if _BIAS in tensors:
         options["bias"] = True
-        values["bias"] = tensors[_BIAS] * _scale(options)
+        values["bias"] = (tensors[_BIAS].double() * _scale(options)).to(_wide(tensors[_BIAS]))
     if config.values.get("lora_dropout"):
         options["dropout"] = config.values["lora_dropout"]
     magnitude = next((tensors[key] for key in _MAGNITUDES if key in tensors), None)
@@ -129,8 +129,13 @@ def given_lora(config: PeftConfig, name: str, module: nn.Module, tensors: Mappin
         if magnitude.numel() != geometry.out_channels:
             raise ConvPeftError(f"{name}: {magnitude.numel()} magnitudes for {geometry.out_channels} output channels")
         options["dora"] = True
-        values["magnitude"] = (magnitude.flatten().double() - norms).to(magnitude.dtype)
+        values["magnitude"] = (magnitude.flatten().double() - norms).to(_wide(magnitude))
     return Given("lora", options, values)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Return a dtype for what is computed from a tensor: its own, and float32 for half precision."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _scale(options: Mapping[str, Any]) -> float:
@@ -208,10 +213,11 @@ def peft_tensors(adapter: Adapter, module: nn.Module) -> Iterator[tuple[str, Ten
     yield "lora_A.weight", down.flatten(1) if geometry.linear else down
     yield "lora_B.weight", up.flatten(1) if geometry.linear else up
     if adapter.options.bias:
-        yield _BIAS, adapter.state_dict()["bias"] / adapter.scale  # type: ignore[operator]  # peft scales it
+        bias = adapter.state_dict()["bias"]
+        yield _BIAS, (bias.double() / adapter.scale).to(_wide(bias))  # type: ignore[operator]  # peft scales it
     if adapter.options.dora:
         difference = adapter.state_dict()["magnitude"]
-        magnitude = (weight_norms(module) + difference.double().cpu()).to(difference.dtype)
+        magnitude = (weight_norms(module) + difference.double().cpu()).to(_wide(difference))
         yield "lora_magnitude_vector", magnitude if geometry.linear else magnitude.view(1, -1, 1, 1)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from ..planning.plan import Plan
 from ..planning.planner import make_plan
 from ..planning.sites import Sites, Wanted, own_parameters
 from ..planning.spec import SpecLike, as_spec
-from ..planning.tables import table
+from .extraction import ExtractedLayer, Extraction
 from .inject import eject
 from .install import check_name, install
 from .ranks import Choice, Costs, allocate
@@ -40,77 +39,6 @@ from .values import Given, prepare
 
 _COUNTERS = ("num_batches_tracked",)  # how often a norm was updated changes no output
 _ROUNDING = 1e-26  # of squared singular values, in float64
-
-
-@dataclass(frozen=True)
-class ExtractedLayer:
-    """What became of one layer's change.
-
-    Attributes:
-        name: of the module.
-        how: ``lora``, ``whole`` (its own tensors, unfrozen) or ``left`` (nothing was taken).
-        rank: of the adapter, in each group; 0 without one.
-        full_rank: of the change, at most; 0 for modules that are no convolution or linear layer.
-        parameters: that were spent on it.
-        change: norm of the difference between the two models' tensors (Frobenius).
-        left: norm of what is not in the adapter.
-    """
-
-    name: str
-    how: str
-    rank: int
-    full_rank: int
-    parameters: int
-    change: float
-    left: float
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """What ``extract`` did; print it.
-
-    Attributes:
-        plan: of the adapter, as ``inject`` returns it.
-        layers: every module whose tensors differ.
-        unreached: layers that the batches never reached: their change is not weighted.
-    """
-
-    plan: Plan
-    layers: tuple[ExtractedLayer, ...]
-    unreached: tuple[str, ...] = ()
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the adapter, unfrozen ones included."""
-        return sum(layer.parameters for layer in self.layers)
-
-    @property
-    def left(self) -> float:
-        """What is not in the adapter, relative to the whole change: norm over norm."""
-        change = math.sqrt(sum(layer.change**2 for layer in self.layers))
-        return math.sqrt(sum(layer.left**2 for layer in self.layers)) / change if change else 0.0
-
-    def __str__(self) -> str:
-        share = 100 * self.parameters / max(1, self.plan.base_parameters)
-        head = (
-            f"{self.plan.model_class}: {len(self.layers)} modules differ; {self.parameters:,} parameters = {share:.2f} % of "
-            f"the base's {self.plan.base_parameters:,} leave {100 * self.left:.3g} % of the change"
-        )
-        rows = [
-            (
-                layer.name or "(root)",
-                layer.how,
-                f"{layer.rank} of {layer.full_rank}" if layer.full_rank else "–",
-                f"{layer.parameters:,}",
-                f"{layer.change:.3g}",
-                f"{100 * layer.left / layer.change if layer.change else 0:.3g} %",
-            )
-            for layer in self.layers
-        ]
-        parts = [head, table(("module", "as", "rank", "parameters", "change", "left"), rows)]
-        if self.unreached:
-            parts.append(f"never reached by the batches, so not weighted: {shortened(self.unreached)}")
-        return "\n".join(parts)
 
 
 @with_normal_tensors
@@ -279,6 +207,8 @@ def _channel_scales(root: nn.Module, layers: set[str], batches: Iterable[Any]) -
 
     def watch(key: str, axis: int) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if not inputs:
+                return
             x = inputs[0].detach().double().movedim(axis, 0).flatten(1)
             sums[key] = sums.get(key, 0) + x.square().sum(1).cpu()
             counts[key] = counts.get(key, 0) + x.shape[1]

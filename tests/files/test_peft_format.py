@@ -17,6 +17,7 @@ from torch import nn
 
 import convpeft
 from convpeft import Rule, Spec
+from convpeft.files import peft_config
 
 METHODS = {
     "lora": lambda **o: peft.LoraConfig(r=4, lora_alpha=6, rank_pattern={"head": 2}, alpha_pattern={"stem": 3}, **o),
@@ -310,6 +311,36 @@ def assert_refused(base, folder, match):
     assert all(torch.equal(value, base.state_dict()[key]) for key, value in before.items())
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a|a?)" * 40 + "b",
+        ".*" * 12 + "x",
+        "(a*)*b",
+        "(?:a{1,40}){1,40}b",
+        "(a|a|a|a)" * 30,
+        "[" * 99_000,
+        "(a)" * 9 + r"\1",
+    ],
+    ids=lambda pattern: pattern[:12],
+)
+def test_patterns_that_could_take_forever_are_not_tried(pattern, tmp_path):
+    base = nn.ModuleDict({"a" * 60: nn.Linear(4, 4)})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "target_modules": pattern}))
+    save_file({f"base_model.model.{'a' * 60}.lora_A.weight": torch.ones(2, 4)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(convpeft.AdapterFileError, match=r"could take too long|no regular expression"):
+        convpeft.from_peft(base, tmp_path)
+
+
+def test_patterns_as_people_write_them_are_read():
+    for pattern in (
+        r"model\.layers\.(\d+)\.(q|k|v)_proj",
+        ".*\\.cv[12]\\.conv",
+        "|".join(["backbone.stage.0.conv"] * 2000),
+    ):
+        assert peft_config._pattern_problem(pattern) is None
+
+
 def test_what_was_trained_with_other_padding_is_not_read(tmp_path):
     base = small("reflect")
     peft_folder(base, peft.LoraConfig(r=4, target_modules=["stem", "head"]), tmp_path)
@@ -342,6 +373,54 @@ def test_in_float32_outputs_differ_by_rounding_only(tmp_path):
     close(model(x), theirs(x), 1e-6)
     convpeft.to_peft(model, tmp_path / "ours")
     close(loaded_by_peft(base, tmp_path / "ours")(x), theirs(x), 1e-6)
+
+
+@pytest.mark.parametrize("options", [{"dora": True}, {"bias": True, "alpha": 3.0}], ids=str)
+def test_adapters_in_half_precision_are_written_as_they_are(options, tmp_path):
+    model = small().bfloat16()
+    convpeft.inject(model, Spec(rules=[Rule("{stem,head}", "lora", rank=2, **options)]))
+    randomised(model)
+    convpeft.to_peft(model, tmp_path)  # what peft makes of it differs by less than 1e-6, or it is refused
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    down = dict(convpeft.AdaptedModel.of(model).adapters("default"))["stem"].down
+    assert torch.equal(written["base_model.model.stem.lora_A.weight"], down)
+    back = small().bfloat16()
+    convpeft.from_peft(back, tmp_path)
+    torch.testing.assert_close(back(image().bfloat16()), model(image().bfloat16()))
+
+
+def test_values_rounded_on_demand_are_those_that_are_checked(tmp_path):
+    base = small().float()
+    peft_folder(base, peft.LoraConfig(r=4, target_modules=["stem", "head"], use_dora=True), tmp_path)
+    convpeft.from_peft(base, tmp_path, dtype="bfloat16")
+    adapter = dict(convpeft.AdaptedModel.of(base).adapters("default"))["stem"]
+    assert {p.dtype for p in adapter.parameters()} == {torch.bfloat16}
+
+
+def test_another_adapters_values_of_the_layer_do_not_count(tmp_path):
+    base, x = small(), image()
+    theirs = peft_folder(base, METHODS["dora"](target_modules=["stem", "head"]), tmp_path)
+    model = copy.deepcopy(base)
+    convpeft.inject(model, Spec(unfreeze=["stem"]), name="other")
+    randomised(model)  # the stem shows the other adapter's weight now
+    convpeft.from_peft(model, tmp_path)
+    close(model(x), theirs(x))
+    convpeft.set_active(model, "other")
+    convpeft.to_peft(model, tmp_path / "again", name="default")
+    close(loaded_by_peft(base, tmp_path / "again")(x), theirs(x))
+
+
+def test_a_layer_with_two_names_is_found_by_either(tmp_path):
+    base = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Identity()}).double()
+    base["b"] = base["a"]
+    tensors = {"lora_A.weight": torch.ones(2, 4), "lora_B.weight": torch.ones(4, 2)}
+    save_file(
+        {f"base_model.model.b.{key}": each for key, each in tensors.items()}, tmp_path / "adapter_model.safetensors"
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    convpeft.from_peft(base, tmp_path)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    close(base["a"](x), nn.functional.linear(x, base["a"].weight + 2, base["a"].bias))
 
 
 def test_half_precision_is_not_rounded_away(tmp_path):
