@@ -9,6 +9,7 @@ from .errors import (
 )  # fmt: skip
 from .files.header import inspect_adapter
 from .files.loading import load_adapter
+from .files.lycoris_format import from_lycoris, to_lycoris
 from .files.peft_format import from_peft, to_peft
 from .files.saving import save_adapter
 from .hosts.model import AdaptedModel
@@ -33,7 +34,7 @@ __all__ = [
     "ConvPeftError", "ExtractedLayer", "Extraction", "GeometryError", "HostError", "MergeError", "MergePlan",
     "NotMergeable", "OptionError", "PatternError", "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site", "Spec",
     "SpecError", "StateError", "Unfreeze", "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds",
-    "auxiliary_loss", "check", "disabled", "eject", "extract", "from_peft", "inject",
+    "auxiliary_loss", "check", "disabled", "eject", "extract", "from_lycoris", "from_peft", "inject",
     "inspect_adapter", "load_adapter", "merge", "param_groups", "plan", "plan_merge", "register_adapter",
-    "route", "save_adapter", "set_active", "summary", "to_peft", "using",
+    "route", "save_adapter", "set_active", "summary", "to_lycoris", "to_peft", "using",
 ]  # fmt: skip
