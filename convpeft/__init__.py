@@ -8,6 +8,7 @@ from .errors import (
     OptionError, PatternError, RegistrationError, ShapeMismatch, SpecError, StateError, UnknownAdapter, UnknownKind,
 )  # fmt: skip
 from .files.header import inspect_adapter
+from .files.hub import from_pretrained, push_to_hub, save_pretrained
 from .files.loading import load_adapter
 from .files.lycoris_format import from_lycoris, to_lycoris
 from .files.peft_format import from_peft, to_peft
@@ -34,7 +35,7 @@ __all__ = [
     "ConvPeftError", "ExtractedLayer", "Extraction", "GeometryError", "HostError", "MergeError", "MergePlan",
     "NotMergeable", "OptionError", "PatternError", "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site", "Spec",
     "SpecError", "StateError", "Unfreeze", "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds",
-    "auxiliary_loss", "check", "disabled", "eject", "extract", "from_lycoris", "from_peft", "inject",
-    "inspect_adapter", "load_adapter", "merge", "param_groups", "plan", "plan_merge", "register_adapter",
-    "route", "save_adapter", "set_active", "summary", "to_lycoris", "to_peft", "using",
+    "auxiliary_loss", "check", "disabled", "eject", "extract", "from_lycoris", "from_peft", "from_pretrained", "inject",
+    "inspect_adapter", "load_adapter", "merge", "param_groups", "plan", "plan_merge", "push_to_hub", "register_adapter",
+    "route", "save_adapter", "save_pretrained", "set_active", "summary", "to_lycoris", "to_peft", "using",
 ]  # fmt: skip
