@@ -226,6 +226,39 @@ def test_what_only_peft_itself_shows_is_not_written_either(tmp_path):
     assert not (tmp_path / "folder").exists()
 
 
+class Doubled(nn.Conv2d):
+    """A convolution that does more than one: peft makes A of its class, so that A does it too."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_layer_whose_adapter_peft_computes_otherwise_is_neither_written_nor_read(tmp_path):
+    base = nn.Sequential(Doubled(4, 4, 1)).double().eval()
+    peft_folder(base, peft.LoraConfig(r=2, target_modules=["0"]), tmp_path / "theirs")
+    with pytest.raises(convpeft.AdapterFileError, match="0: peft's own layer computes something else"):
+        convpeft.from_peft(base, tmp_path / "theirs")
+    convpeft.inject(base, Spec(rules=[Rule("0", "lora", rank=2)]))
+    randomised(base)
+    with pytest.raises(convpeft.HostError, match="0: peft's own layer computes something else"):
+        convpeft.to_peft(base, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_ranks_of_layers_whose_names_end_alike_are_kept_apart(tmp_path):
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"block": nn.ModuleDict({"mix": nn.Linear(4, 4)}), "mix": nn.Linear(4, 4)}).double().eval()
+    model = copy.deepcopy(base)
+    rules = [Rule("block.mix", "lora", rank=3, alpha=2), Rule("mix", "lora", rank=1, alpha=5)]
+    convpeft.inject(model, Spec(rules=rules))
+    randomised(model)
+    convpeft.to_peft(model, tmp_path)
+    theirs = loaded_by_peft(base, tmp_path).base_model.model
+    x = torch.randn(2, 4, dtype=torch.float64)
+    close(theirs["mix"](x), model["mix"](x))
+    close(theirs["block"]["mix"](x), model["block"]["mix"](x))
+
+
 def test_one_folder_has_one_method_and_one_of_each_setting(tmp_path):
     model = small()
     rules = [Rule("stem", "lora", rank=2, rslora=True), Rule("mix", "lora", rank=2), Rule("head", "peft:loha", r=2)]
