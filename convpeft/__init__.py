@@ -8,10 +8,15 @@ from .errors import (
     OptionError, PatternError, RegistrationError, ShapeMismatch, SpecError, StateError, UnknownAdapter, UnknownKind,
 )  # fmt: skip
 from .files.header import inspect_adapter
+from .files.hub import from_pretrained, push_to_hub, save_pretrained
 from .files.loading import load_adapter
+from .files.lycoris_format import from_lycoris, to_lycoris
+from .files.peft_format import from_peft, to_peft
 from .files.saving import save_adapter
 from .hosts.model import AdaptedModel
 from .injection.checking import check
+from .injection.extracting import extract
+from .injection.extraction import ExtractedLayer, Extraction
 from .injection.inject import eject, inject
 from .injection.routing import route
 from .injection.switching import active_adapters, disabled, set_active, using
@@ -27,9 +32,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptedModel", "Adapter", "AdapterConflict", "AdapterFileError", "AdapterOptions", "BaseMismatch", "ConvGeometry",
-    "ConvPeftError", "GeometryError", "HostError", "MergeError", "MergePlan", "NotMergeable", "OptionError", "PatternError",
-    "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site", "Spec", "SpecError", "StateError", "Unfreeze",
-    "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds", "auxiliary_loss", "check", "disabled", "eject",
-    "inject", "inspect_adapter", "load_adapter", "merge", "param_groups", "plan", "plan_merge", "register_adapter", "route",
-    "save_adapter", "set_active", "summary", "using",
+    "ConvPeftError", "ExtractedLayer", "Extraction", "GeometryError", "HostError", "MergeError", "MergePlan",
+    "NotMergeable", "OptionError", "PatternError", "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site", "Spec",
+    "SpecError", "StateError", "Unfreeze", "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds",
+    "auxiliary_loss", "check", "disabled", "eject", "extract", "from_lycoris", "from_peft", "from_pretrained", "inject",
+    "inspect_adapter", "load_adapter", "merge", "param_groups", "plan", "plan_merge", "push_to_hub", "register_adapter",
+    "route", "save_adapter", "save_pretrained", "set_active", "summary", "to_lycoris", "to_peft", "using",
 ]  # fmt: skip

@@ -141,7 +141,12 @@ DORA: list[dict[str, Any]] = [
     {"rank": 3, "pointwise": True, "dora": True, "detach_norm": False},
 ]  # parallel only
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "lora": [{"rank": 4, "alpha": 3.0}, {"rank": 3, "rslora": True, "pointwise": True}, *DORA],
+    "lora": [
+        {"rank": 4, "alpha": 3.0},
+        {"rank": 3, "rslora": True, "pointwise": True},
+        *DORA,
+        {"rank": 3, "bias": True},
+    ],
     "rep_mona": [{"rank": 4, "kernel_sizes": [3, 5]}, {"rank": 2, "kernel_sizes": [1, 7], "branch_norm": True}],
     "bottleneck": [{"reduction": 2}, {"rank": 3, "norm": "group"}],
     "hierarchical": [

@@ -41,7 +41,11 @@ class LoraOptions(AdapterOptions):
             ``B A`` to the layer's kernel and convolve once, with the gradients of A and B by way of ``A x``
             (``summed``) or of the whole kernel's gradient (``weight``). ``auto`` takes the cheaper of the last two.
             All give the same values up to rounding.
+        bias: learn a change of the layer's bias too; it is neither scaled nor dropped, and a form other than ``separate``
+            is not taken.
     """
+
+    later = ("bias",)
 
     rank: int = 8
     alpha: float | None = None
@@ -51,6 +55,7 @@ class LoraOptions(AdapterOptions):
     dora: bool = False
     detach_norm: bool = True
     evaluate: Literal["auto", "separate", "summed", "weight"] = "auto"
+    bias: bool = False
 
     def problems(self) -> Iterator[str]:
         """Yield a sentence for each value that is out of range."""
@@ -58,6 +63,8 @@ class LoraOptions(AdapterOptions):
         yield from probability(self, "dropout")
         if not (self.dora or self.detach_norm):
             yield "detach_norm: false says something of dora only; add dora: true or leave it out"
+        if self.bias and self.evaluate in ("summed", "weight"):
+            yield f"evaluate: {self.evaluate} computes a kernel, and bias: true adds to no kernel; leave evaluate out"
 
 
 @register_adapter("lora")
@@ -99,6 +106,7 @@ class Lora(Adapter):
         self.reads_host = options.dora
         if options.dora:
             self.magnitude = nn.Parameter(torch.zeros(host.out_channels))
+        self.bias = nn.Parameter(torch.zeros(host.out_channels)) if options.bias else None
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     @classmethod
@@ -123,20 +131,23 @@ class Lora(Adapter):
         else:
             hidden = convolve_trained(self.down_geometry, self.dropout(x), self.down)
         update = convolve_trained(self.up_geometry, hidden, self.up) * self.scale
+        per_channel = (-1,) if self.site.geometry.linear else (-1, 1, 1)
+        if self.bias is not None:
+            shift = self.bias.to(update.dtype).view(per_channel)
         if not self.options.dora:
-            return update
+            return update if self.bias is None else update + shift
         if host is None:
             raise TypeError("a DoRA adapter reads its layer: call it as adapter(x, host), as the layer itself does")
         product = self._kernel(self.down, self.up)
         weight = self.site.geometry.as_kernel(host.weight)
         ratio = magnitude_ratio(weight, product, self.magnitude, self.options.detach_norm)
-        per_channel = (-1,) if self.site.geometry.linear else (-1, 1, 1)
         own = host.output if host.bias is None else host.output - host.bias.to(host.output.dtype).view(per_channel)
         ratio = ratio.view(per_channel)
-        return (ratio - 1).to(update.dtype) * own + ratio.to(update.dtype) * update
+        changed = (ratio - 1).to(update.dtype) * own + ratio.to(update.dtype) * update
+        return changed if self.bias is None else changed + shift
 
     def factors(self) -> Factors | None:
-        """Return A and the scaled B; None with dropout, DoRA, ``pointwise``, or a host that is no plain convolution."""
+        """Return A and the scaled B; None with dropout, DoRA, ``pointwise``, ``bias``, or a host that is no plain convolution."""
         if self.form is None or (self.training and self.dropout.p > 0):
             return None
         return Factors(self.down, self.up if self.scale == 1 else self.up * self.scale, self.form)
@@ -145,7 +156,7 @@ class Lora(Adapter):
         """Return whether the update, apart from dropout, is two factors beside a plain convolution."""
         host = self.site.geometry
         plain = self.site.place == "parallel" and not (host.linear or host.transposed)
-        return plain and not (self.options.dora or self.options.pointwise)
+        return plain and not (self.options.dora or self.options.pointwise or self.options.bias)
 
     def _kernel(self, down: Tensor, up: Tensor) -> Tensor:
         """Return ``(alpha / r) B A`` as one kernel of the host's kernel size."""
@@ -154,14 +165,15 @@ class Lora(Adapter):
         return product if product.shape[2:] == size else embed_on_grid(product, size, size)
 
     def chain(self, host: ConvKernel | None = None) -> Chain:
-        """Return A, then the scaled B; for DoRA the one kernel ``W' - W``."""
+        """Return A, then the scaled B; for DoRA the one kernel ``W' - W``. The last step has the bias, if there is one."""
+        bias = None if self.bias is None else exact(self.bias)
         if not self.options.dora:
             return (
                 ConvKernel(exact(self.down), None, self.down_geometry),
-                ConvKernel(exact(self.up) * self.scale, None, self.up_geometry),
+                ConvKernel(exact(self.up) * self.scale, bias, self.up_geometry),
             )
         if host is None:
             raise NotMergeable("dora has no kernel of its own: it depends on the layer's weight, chain(host)")
         product = self._kernel(exact(self.down), exact(self.up))
         ratio = magnitude_ratio(host.weight, product, exact(self.magnitude)).view(-1, 1, 1, 1)
-        return (ConvKernel((ratio - 1) * host.weight + ratio * product, None, host.geometry),)
+        return (ConvKernel((ratio - 1) * host.weight + ratio * product, bias, host.geometry),)

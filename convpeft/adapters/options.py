@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ..errors import OptionError, closest, shown
 
@@ -21,7 +21,13 @@ _DEEP = 16  # levels of a nested value in which numpy's numbers are looked for
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """The base class of a kind's options, a frozen dataclass; annotations give the types, ``problems`` the ranges."""
+    """The base class of a kind's options, a frozen dataclass; annotations give the types, ``problems`` the ranges.
+
+    Options that came after a kind's first files are named in ``later``: they are written to files only where they are not
+    the default, so that files say what they said before.
+    """
+
+    later: ClassVar[tuple[str, ...]] = ()
 
     def problems(self) -> Iterator[str]:
         """Yield one sentence for each value that is out of range."""

@@ -39,12 +39,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
         AdapterFileError: if the file cannot be written.
     """
     adapted = AdaptedModel.of(model)
-    state = adapted.state
-    if name is None:
-        names = list(state.adapters) if len(state.adapters) == 1 else list(state.active)
-        if len(names) != 1:
-            raise StateError(f"which adapter? Say name=..., one of: {', '.join(state.adapters)}")
-        name = names[0]
+    name = chosen(adapted, name)
     record = adapted.record(name)
     note_training(adapted)
     check_tensors_present({key: (adapted.module(key), None) for key in record.owned})
@@ -65,6 +60,21 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
     path = Path(path)
     write(path, safetensors_bytes({key: tensor.clone() for key, tensor in tensors.items()}, {METADATA: text}))
     return path
+
+
+def chosen(adapted: AdaptedModel, name: str | None) -> str:
+    """Return the name of the adapter to save: the one asked for, the only one, or the only active one.
+
+    Raises:
+        StateError: if it is not clear which one is meant.
+    """
+    if name is not None:
+        return name
+    state = adapted.state
+    names = list(state.adapters) if len(state.adapters) == 1 else list(state.active)
+    if len(names) != 1:
+        raise StateError(f"which adapter? Say name=..., one of: {', '.join(state.adapters)}")
+    return names[0]
 
 
 def _base(root: nn.Module) -> dict[str, Any]:

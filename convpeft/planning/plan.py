@@ -44,7 +44,9 @@ class PlannedLayer:
 
     def record(self) -> LayerRecord:
         """Return the layer as the plain data that state and adapter files keep."""
+        later = {field.name: field.default for field in fields(self.options) if field.name in self.options.later}
         values = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
+        values = {key: value for key, value in values.items() if key not in later or value != later[key]}
         options = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         geometry = self.site.geometry.to_dict()
         return LayerRecord(self.kind, self.site.place, options, geometry, self.output, self.lr_mult, self.rule)

@@ -48,6 +48,13 @@ def reference_update(layer: nn.Module, adapter: Adapter, x: torch.Tensor) -> tor
 
 
 def _lora(layer, adapter, x):
+    update = _low_rank(layer, adapter, x)
+    if not adapter.options.bias:
+        return update
+    return update + adapter.bias.detach().double().view(-1, *[1] * (0 if adapter.site.geometry.linear else 2))
+
+
+def _low_rank(layer, adapter, x):
     options = adapter.options
     if options.dora:
         return low_rank.dora(layer, adapter, x)

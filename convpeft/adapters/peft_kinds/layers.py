@@ -103,7 +103,7 @@ def wrap(method: str, settings: dict[str, Any], layer: nn.Module) -> nn.Module:
     config = peft_config(method, settings)
     holder = nn.Module()
     holder.layer = layer
-    with _without_compiling():
+    with without_compiling():
         mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](holder, config, ADAPTER)
     wrapped: Any = holder.layer
     if not hasattr(wrapped, "base_layer"):
@@ -112,7 +112,7 @@ def wrap(method: str, settings: dict[str, Any], layer: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _without_compiling() -> Iterator[None]:
+def without_compiling() -> Iterator[None]:
     """Keep BOFT from compiling its CUDA extension in this context; with one butterfly factor it needs none."""
     module: Any = sys.modules.get("peft.tuners.boft.layer")
     if not hasattr(module, "_FBD_CUDA"):
