@@ -11,8 +11,10 @@ from .files.header import inspect_adapter
 from .files.loading import load_adapter
 from .files.saving import save_adapter
 from .hosts.model import AdaptedModel
+from .injection.calibration import calibrate
 from .injection.checking import check
 from .injection.inject import eject, inject
+from .injection.progress import set_progress
 from .injection.routing import route
 from .injection.switching import active_adapters, disabled, set_active, using
 from .injection.training import auxiliary_loss, param_groups, summary
@@ -29,7 +31,7 @@ __all__ = [
     "AdaptedModel", "Adapter", "AdapterConflict", "AdapterFileError", "AdapterOptions", "BaseMismatch", "ConvGeometry",
     "ConvPeftError", "GeometryError", "HostError", "MergeError", "MergePlan", "NotMergeable", "OptionError", "PatternError",
     "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site", "Spec", "SpecError", "StateError", "Unfreeze",
-    "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds", "auxiliary_loss", "check", "disabled", "eject",
+    "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds", "auxiliary_loss", "calibrate", "check", "disabled", "eject",
     "inject", "inspect_adapter", "load_adapter", "merge", "param_groups", "plan", "plan_merge", "register_adapter", "route",
-    "save_adapter", "set_active", "summary", "using",
+    "save_adapter", "set_active", "set_progress", "summary", "using",
 ]  # fmt: skip

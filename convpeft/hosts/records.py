@@ -39,12 +39,14 @@ class AdapterRecord:
         layers: by module name.
         owned: names of modules whose tensors the adapter brings its own values of, with their relative learning rate.
         norm: the norm policy while it is active.
+        holds: ``norm: adapt`` holds its statistics now, towards the end of a training.
     """
 
     spec: dict[str, Any]
     layers: dict[str, LayerRecord]
     owned: dict[str, float]
     norm: str = "frozen"
+    holds: bool = False
 
 
 @dataclass

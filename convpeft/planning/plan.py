@@ -56,11 +56,13 @@ class Plan:
 
     Attributes:
         layers: the adapters, in module order.
-        owned: modules that train along (unfrozen, or norms under ``norm: adapt``), with relative learning rates.
+        owned: modules that train along (unfrozen, or norms under ``norm: affine`` and ``adapt``), with relative learning
+            rates.
         shadowed: for each module an earlier rule had taken: (module, the later rule, the winning rule).
         left: modules a ``leave`` rule keeps bare.
         base_parameters: of the model, without adapters.
         owned_parameters: how many of those train along.
+        warnings: what the plan can do and probably should not, a sentence each.
     """
 
     model_class: str
@@ -72,6 +74,7 @@ class Plan:
     base_parameters: int
     owned_parameters: int
     spec: dict[str, Any] = field(repr=False, default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def adapter_parameters(self) -> int:
@@ -116,4 +119,5 @@ class Plan:
         parts += [
             f"rule {rule} gave way to rule {winner} at: {shortened(names)}" for (rule, winner), names in lost.items()
         ]
+        parts += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(parts)
