@@ -15,7 +15,7 @@ from ..errors import OptionError, SpecError, brief, closest, raise_problems, sho
 from .bounds import MOST_LETTERS, MOST_PATTERNS, MOST_RULES, check_data
 from .braces import measure
 from .globs import LONGEST
-from .parsing import _entries, _rule, _unfreeze, _unknown_keys, read_data, read_spec
+from .parsing import _entries, _rule, _unfreeze, _unknown_keys, in_package, read_data, read_spec
 from .rules import Rule, Unfreeze, as_patterns, check_alias, check_patterns, is_empty
 
 VERSION = 1
@@ -79,18 +79,25 @@ class Spec:
 
     @classmethod
     def load(cls, path: str | Path, *, aliases: str | Path | Mapping[str, Any] | None = None) -> Spec:
-        """Return the spec of a YAML or JSON file.
+        """Return the spec of a YAML or JSON file, or of a recipe that comes with the package.
 
         Args:
-            path: ends in ``.json`` for JSON; anything else is read as YAML.
-            aliases: a file (or mapping) of named positions; it wins over the spec's own.
+            path: ends in ``.json`` for JSON; anything else is read as YAML. Or ``light``, ``balanced`` or ``strong``, recipes
+                that train at most 0.5, 2.5 and 8 % of a detector and merge whole; they need ``aliases``.
+            aliases: a file (or mapping) of named positions; it wins over the spec's own. Or the name of an alias file that
+                comes with the package, such as ``yolov8-world``; a name that there is not is an error that lists them.
 
         Raises:
             SpecError: if the file is unreadable or says something unknown; all problems at once.
+
+        Example:
+            >>> spec = Spec.load("balanced", aliases="yolov8-world")
+            >>> spec.norm, [rule.kind for rule in spec.rules]
+            ('adapt', ['rep_mona', 'lora', 'lora', 'lora'])
         """
         data = read_spec(path)
         if aliases is not None:
-            named = dict(aliases) if isinstance(aliases, Mapping) else read_data(aliases)
+            named = dict(aliases) if isinstance(aliases, Mapping) else read_data(in_package(aliases, "aliases"))
             named = named.get("aliases", named) if isinstance(named, dict) else named
             if not isinstance(named, dict):
                 raise SpecError(f"{aliases}: an alias file maps names to patterns")
