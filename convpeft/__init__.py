@@ -14,8 +14,11 @@ from .hosts.model import AdaptedModel
 from .injection.calibration import calibrate
 from .injection.checking import check
 from .injection.inject import eject, inject
+from .injection.initialising import initialise
 from .injection.progress import set_progress
 from .injection.routing import route
+from .injection.suggesting import suggest
+from .injection.suggestion import Suggestion
 from .injection.switching import active_adapters, disabled, set_active, using
 from .injection.training import auxiliary_loss, param_groups, summary
 from .merging.merge import merge, plan_merge
@@ -30,8 +33,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptedModel", "Adapter", "AdapterConflict", "AdapterFileError", "AdapterOptions", "BaseMismatch", "ConvGeometry",
     "ConvPeftError", "GeometryError", "HostError", "MergeError", "MergePlan", "NotMergeable", "OptionError", "PatternError",
-    "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site", "Spec", "SpecError", "StateError", "Unfreeze",
+    "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site", "Spec", "SpecError", "StateError", "Suggestion", "Unfreeze",
     "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds", "auxiliary_loss", "calibrate", "check", "disabled", "eject",
-    "inject", "inspect_adapter", "load_adapter", "merge", "param_groups", "plan", "plan_merge", "register_adapter", "route",
-    "save_adapter", "set_active", "set_progress", "summary", "using",
+    "initialise", "inject", "inspect_adapter", "load_adapter", "merge", "param_groups", "plan", "plan_merge", "register_adapter", "route",
+    "save_adapter", "set_active", "set_progress", "suggest", "summary", "using",
 ]  # fmt: skip

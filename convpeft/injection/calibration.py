@@ -94,7 +94,7 @@ def calibrate(
     found = {name: Moments(norm) for name, norm in norms.items()}
     count = 0
     with _agreed(list(found.values())), _measuring(inside(model), found, training), torch.no_grad(), uncompiled():
-        for batch in _with_bar(batches, progress):
+        for batch in with_bar(batches, progress, "calibrate"):
             (run or call_example)(inside(model), batch)
             count += 1
         if not count:
@@ -196,23 +196,32 @@ class Moments:
 
 
 @contextmanager
-def _measuring(model: nn.Module, moments: dict[str, Moments], training: bool) -> Iterator[None]:
-    """Let norms collect the moments of what reaches them inside the block; modes, buffers and hooks are as before after it."""
+def evaluating(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Set eval mode (``training``: training mode, but for norms) inside the block; modes are as before after it."""
     modes = [(module, module.training) for module in model.modules()]
-    handles = []
     try:
         for module, _ in modes:
             module.training = training and not is_batchnorm_like(module)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _measuring(model: nn.Module, moments: dict[str, Moments], training: bool) -> Iterator[None]:
+    """Let norms collect the moments of what reaches them inside the block; modes, buffers and hooks are as before after it."""
+    handles = []
+    try:
         for each in moments.values():
             handles.append(each.norm.register_forward_pre_hook(each.see, with_kwargs=True))
-        yield
+        with evaluating(model, training=training):
+            yield
     finally:
         for handle in handles:
             handle.remove()
         for each in moments.values():
             each.put_back()
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
@@ -263,8 +272,9 @@ def _add_all(moments: list[Moments], flat: Tensor) -> None:
         flat = flat[1 + 2 * width :]
 
 
-def _with_bar(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+def with_bar(batches: Iterable[Any], progress: bool, title: str) -> Iterable[Any]:
+    """Return an iterable that shows a bar in the first process, if there is to be one."""
     from tqdm.auto import tqdm
 
     quiet = not progress or (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
-    return tqdm(batches, desc="calibrate", unit="batch", disable=quiet)
+    return tqdm(batches, desc=title, unit="batch", disable=quiet)

@@ -28,6 +28,7 @@ class PlannedLayer:
         output: adapted entry of the module's output.
         merge_refusal: why it cannot merge, or None.
         form: its update is computed in, where a kind has several; chosen by what a training step costs.
+        up_mult: relative learning rate of its last weights, or None.
     """
 
     name: str
@@ -41,13 +42,16 @@ class PlannedLayer:
     output: int | str | None = None
     merge_refusal: str | None = None
     form: str | None = None
+    up_mult: float | None = None
 
     def record(self) -> LayerRecord:
         """Return the layer as the plain data that state and adapter files keep."""
         values = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
         options = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         geometry = self.site.geometry.to_dict()
-        return LayerRecord(self.kind, self.site.place, options, geometry, self.output, self.lr_mult, self.rule)
+        return LayerRecord(
+            self.kind, self.site.place, options, geometry, self.output, self.lr_mult, self.rule, self.up_mult
+        )
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def _wanted(selection: Selection) -> list[Wanted]:
                 float(rule.lr_mult),
                 rule.output,
                 rule.channels,
+                up_mult=None if rule.up_mult is None else float(rule.up_mult),
             )
         )
     return wanted
