@@ -14,11 +14,16 @@ from .files.lycoris_format import from_lycoris, to_lycoris
 from .files.peft_format import from_peft, to_peft
 from .files.saving import save_adapter
 from .hosts.model import AdaptedModel
+from .injection.calibration import calibrate
 from .injection.checking import check
 from .injection.extracting import extract
 from .injection.extraction import ExtractedLayer, Extraction
 from .injection.inject import eject, inject
+from .injection.initialising import initialise
+from .injection.progress import set_progress
 from .injection.routing import route
+from .injection.suggesting import suggest
+from .injection.suggestion import Suggestion
 from .injection.switching import active_adapters, disabled, set_active, using
 from .injection.training import auxiliary_loss, param_groups, summary
 from .merging.merge import merge, plan_merge
@@ -33,9 +38,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptedModel", "Adapter", "AdapterConflict", "AdapterFileError", "AdapterOptions", "BaseMismatch", "ConvGeometry",
     "ConvPeftError", "ExtractedLayer", "Extraction", "GeometryError", "HostError", "MergeError", "MergePlan",
-    "NotMergeable", "OptionError", "PatternError", "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site", "Spec",
-    "SpecError", "StateError", "Unfreeze", "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds",
-    "auxiliary_loss", "check", "disabled", "eject", "extract", "from_lycoris", "from_peft", "from_pretrained", "inject",
-    "inspect_adapter", "load_adapter", "merge", "param_groups", "plan", "plan_merge", "push_to_hub", "register_adapter",
-    "route", "save_adapter", "save_pretrained", "set_active", "summary", "to_lycoris", "to_peft", "using",
+    "NotMergeable", "OptionError", "PatternError", "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site",
+    "Spec", "SpecError", "StateError", "Suggestion", "Unfreeze", "UnknownAdapter", "UnknownKind", "active_adapters",
+    "adapter_kinds", "auxiliary_loss", "calibrate", "check", "disabled", "eject", "extract", "from_lycoris",
+    "from_peft", "from_pretrained", "initialise", "inject", "inspect_adapter", "load_adapter", "merge",
+    "param_groups", "plan", "plan_merge", "push_to_hub", "register_adapter", "route", "save_adapter",
+    "save_pretrained", "set_active", "set_progress", "suggest", "summary", "to_lycoris", "to_peft", "using",
 ]  # fmt: skip

@@ -44,6 +44,19 @@ class Host(NamedTuple):
     output: Tensor
 
 
+class Entrance(NamedTuple):
+    """The weights of an adapter that read its input.
+
+    Attributes:
+        weight: A, of shape ``(hidden, in / groups, kh, kw)``; each row is one direction of the input.
+        reads: what of the host's kernel a row is: ``kernel`` (all of it), ``centre`` (its centre alone), or ``pixel`` (any
+            one position: further layers of the adapter spread over the others).
+    """
+
+    weight: nn.Parameter
+    reads: Literal["kernel", "centre", "pixel"]
+
+
 class Adapter(nn.Module):
     """A small trainable module that adds ``f`` to its host: ``y = host(x) + f(x)`` or ``y = z + f(z)``.
 
@@ -115,6 +128,17 @@ class Adapter(nn.Module):
     def no_decay(self) -> set[str]:
         """Return the names of the adapter's parameters to train without weight decay: norms, biases and scales."""
         return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+
+    def entrance(self) -> Entrance | None:
+        """Return the weights that read the input, A of LoRA, whose directions ``initialise`` may choose; None without such."""
+        return None
+
+    def rising(self) -> set[str]:
+        """Return the names of the weights that start at zero and end the update: B of LoRA, U of Rep-MoNA (``up``).
+
+        LoRA+ trains these faster than all others, ``param_groups(up_mult=)``.
+        """
+        return {name for name, weight in self.named_parameters() if name.split(".")[0] == "up" and weight.ndim > 1}
 
     def extra_repr(self) -> str:
         """Return the place, geometry and options, to be shown when the model is printed."""

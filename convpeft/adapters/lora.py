@@ -18,7 +18,7 @@ from ..convolution.kernels import Chain, ConvKernel, compose_pointwise, embed_on
 from ..convolution.low_rank import Factors, UpdateForm, cheapest
 from ..convolution.nodes import convolve_trained
 from ..errors import NotMergeable
-from .base import Adapter, Host, Site, exact
+from .base import Adapter, Entrance, Host, Site, exact
 from .branches import shared_rank
 from .dora import magnitude_ratio
 from .options import AdapterOptions, positive, probability
@@ -145,6 +145,12 @@ class Lora(Adapter):
         ratio = ratio.view(per_channel)
         changed = (ratio - 1).to(update.dtype) * own + ratio.to(update.dtype) * update
         return changed if self.bias is None else changed + shift
+
+    def entrance(self) -> Entrance | None:
+        """Return A, or None beside a transposed convolution."""
+        if self.site.geometry.transposed:
+            return None
+        return Entrance(self.down, "centre" if self.options.pointwise else "kernel")
 
     def factors(self) -> Factors | None:
         """Return A and the scaled B; None with dropout, DoRA, ``pointwise``, ``bias``, or a host that is no plain convolution."""

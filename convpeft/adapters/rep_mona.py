@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..convolution.kernels import Chain, ConvKernel, compose_pointwise, embed_on_grid
 from ..convolution.nodes import convolve_trained
-from .base import Adapter, Site, exact
+from .base import Adapter, Entrance, Site, exact
 from .branches import Branch, is_traced, shared_rank, sum_of_kernels
 from .options import AdapterOptions, odd_kernels, positive, probability
 from .registry import register_adapter
@@ -110,6 +110,10 @@ class RepMona(Adapter):
             return self.mix_geometry.convolve(scales, self.mix) + self.centre.sample(hidden)
         identity = torch.eye(len(kernel), device=kernel.device).to(kernel.dtype)[..., None, None]
         return self.dense.convolve(hidden, torch.addcmul(self._place(identity, size), self.mix, kernel.transpose(0, 1)))
+
+    def entrance(self) -> Entrance | None:
+        """Return D."""
+        return Entrance(self.down, "pixel")
 
     def chain(self, host: ConvKernel | None = None) -> Chain:
         """Return three convolutions: D with every row twice, a depthwise one, and U with M folded in.

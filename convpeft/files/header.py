@@ -154,10 +154,17 @@ def _layer_problems(layer: Any, shapes: Sequence[tuple[int, ...]], most: int) ->
         most: an option that is a number may be as large as this.
     """
     hints = hints_of(LayerRecord)
+    if isinstance(layer, dict):
+        layer = {"up_mult": None, **layer}  # files before 0.2 have none
     if not isinstance(layer, dict) or set(layer) != set(hints):
         yield "it is no layer record"
         return
-    ranges = {"lr_mult": is_rate, "output": lambda value: value is None or is_output(value), "rule": _is_number}
+    ranges = {
+        "lr_mult": is_rate,
+        "up_mult": lambda value: value is None or is_rate(value),
+        "output": lambda value: value is None or is_output(value),
+        "rule": _is_number,
+    }
     wrong = [
         key for key, hint in hints.items() if not fits(layer[key], dict if typing.get_origin(hint) is dict else hint)
     ]

@@ -121,7 +121,7 @@ def _wanted(modules: Mapping[str, nn.Module], file: AdapterFile, problems: list[
         problems += [f"{name}: {problem}" for problem in found]
         if options is not None:
             numbers = (record.rule, record.lr_mult, record.output)
-            yield Wanted(name, module, "", record.kind, place, options, *numbers, None, geometry)
+            yield Wanted(name, module, "", record.kind, place, options, *numbers, None, geometry, record.up_mult)
 
 
 def _unlike_its_tensors(file: AdapterFile, name: str, site: Site, options: AdapterOptions) -> str | None:

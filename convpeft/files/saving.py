@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
         "version": VERSION,
         "name": name,
         "spec": record.spec,
-        "layers": {key: asdict(layer) for key, layer in record.layers.items()},
+        "layers": {key: layer.to_dict() for key, layer in record.layers.items()},
         "owned": record.owned,
         "norm": record.norm,
         "base": _base(adapted.root),

@@ -19,6 +19,7 @@ class LayerRecord:
         output: the adapted entry of the module's output, or None.
         lr_mult: relative learning rate.
         rule: number of the rule that asked for it.
+        up_mult: relative learning rate of its last weights; None: as ``param_groups`` says.
     """
 
     kind: str
@@ -28,6 +29,11 @@ class LayerRecord:
     output: int | str | None = None
     lr_mult: float = 1.0
     rule: int = 0
+    up_mult: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain data for an adapter file; ``up_mult`` only where it is set."""
+        return {key: value for key, value in self.__dict__.items() if key != "up_mult" or value is not None}
 
 
 @dataclass
@@ -39,12 +45,14 @@ class AdapterRecord:
         layers: by module name.
         owned: names of modules whose tensors the adapter brings its own values of, with their relative learning rate.
         norm: the norm policy while it is active.
+        holds: ``norm: adapt`` holds its statistics now, towards the end of a training.
     """
 
     spec: dict[str, Any]
     layers: dict[str, LayerRecord]
     owned: dict[str, float]
     norm: str = "frozen"
+    holds: bool = False
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def inject(
     example_inputs: Any = None,
     lean: bool = True,
     dtype: torch.dtype | str | None = None,
+    batch_size: int | None = None,
 ) -> Plan:
     """Put the adapters a spec asks for into the model in place, freeze the rest, and return the plan as a report.
 
@@ -50,6 +52,7 @@ def inject(
             gradients are the same; the last call to ``inject`` or ``load_adapter`` decides for the whole model.
         dtype: of the adapters' parameters, as a dtype or its name; unset, that of their layers. ``"float32"`` is for a
             base in half precision: the optimizer's steps are then not rounded away. The outputs keep their dtype.
+        batch_size: see ``plan``; what it warns of is given as a ``UserWarning`` as well.
 
     Raises:
         SpecError: all problems of the spec at once; or a dtype that adapters cannot have.
@@ -68,11 +71,13 @@ def inject(
     check_name(root, name)
     refuse_parallel(root)
     guard_trainers(map(type, root.modules()))
-    report = make_plan(root, as_spec(spec), example_inputs)
+    report = make_plan(root, as_spec(spec), example_inputs, batch_size)
     layers = {layer.name: layer.record() for layer in report.layers}
     record = AdapterRecord(report.spec, layers, dict(report.owned), report.norm)
     built = build(dict(base_modules(root)), report.layers, report.owned, dtype=wanted)
     install(root, name, record, built, lean=lean)
+    for warning in report.warnings:
+        warnings.warn(warning, stacklevel=3)  # the caller, behind with_normal_tensors
     return report
 
 

@@ -159,8 +159,9 @@ def names_of(adapted: AdaptedModel, names: str | Iterable[str] | None) -> Names:
 
 
 def holds_norms(adapted: AdaptedModel, names: Names) -> bool:
-    """Return whether norms stay in eval mode while these adapters are active: unless one of them adapts them."""
-    return not any(adapted.record(name).norm == "adapt" for name in names)
+    """Return whether norms stay in eval mode while these adapters are active: unless one of them adapts them now."""
+    records = map(adapted.record, names)
+    return not any(record.norm == "adapt" and not record.holds for record in records)
 
 
 @dataclass(frozen=True)

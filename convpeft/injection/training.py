@@ -9,25 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import OptionError, shown
 from ..hosts.model import AdaptedModel
 from ..hosts.modules import base_modules, device_and_dtype
 from ..hosts.slots import BASE
 from ..hosts.unfrozen import tensors_of
+from ..planning.rules import is_rate
 from ..planning.tables import table
 
 
-def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.0, up_mult: float = 1.0
+) -> list[dict[str, Any]]:
     """Return the active adapters' trainable parameters as groups for a torch optimizer.
 
-    Each group has ``params``, ``lr`` (``lr * lr_mult``), ``weight_decay`` (0 for norm, bias and scale parameters), and
+    Each group has ``params``, ``lr`` (``lr * lr_mult``, times ``up_mult`` for weights that start at zero), ``weight_decay`` (0 for norm, bias and scale parameters), and
     for logging ``lr_mult`` and ``name``. Every trainable parameter is in exactly one group.
 
     Args:
         model: an injected model.
         lr: the rate of a rule with ``lr_mult: 1``.
         weight_decay: of weights.
+        up_mult: relative rate of the weights that start at zero and end an update: B of LoRA, U of Rep-MoNA. A rule's own
+            ``up_mult`` wins. LoRA+ derives that B has to go faster than A for both to learn; 4 is a good value here, and the
+            paper's 16 for wide language models.
 
     Raises:
+        OptionError: if ``up_mult`` is no rate.
         StateError: if nothing is injected, or an adapted layer or held norm was replaced since.
 
     Example:
@@ -36,13 +44,19 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> l
         >>> _ = convpeft.inject(model, {"rules": [{"match": "0", "kind": "lora", "rank": 2, "lr_mult": 0.5}]})
         >>> [(g["name"], g["lr"], g["weight_decay"]) for g in param_groups(model, lr=0.1, weight_decay=0.05)]
         [('default.lora x0.5', 0.05, 0.05)]
+        >>> [(g["name"], g["lr"]) for g in param_groups(model, lr=0.1, up_mult=4)]
+        [('default.lora x0.5', 0.05), ('default.lora x2', 0.2)]
+
+    Reference: Hayou et al., LoRA+, arXiv:2402.12354, section 3.
     """
+    if not is_rate(up_mult):
+        raise OptionError(f"up_mult must be a number of at least 0, not {shown(up_mult)}")
     adapted = AdaptedModel.of(model)
     adapted.require_hosts()
     groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     seen: set[int] = set()
     for name in adapted.state.running:
-        for label, lr_mult, decays, parameter in _trainable(adapted, name):
+        for label, lr_mult, decays, parameter in _trainable(adapted, name, up_mult):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 groups.setdefault((f"{name}.{label}", lr_mult, decays), []).append(parameter)
@@ -58,14 +72,15 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> l
     ]
 
 
-def _trainable(adapted: AdaptedModel, name: str) -> Iterator[tuple[str, float, bool, nn.Parameter]]:
+def _trainable(adapted: AdaptedModel, name: str, up_mult: float) -> Iterator[tuple[str, float, bool, nn.Parameter]]:
     """Yield ``(label, lr_mult, decays, parameter)`` for everything of an adapter that requires gradients."""
     record = adapted.record(name)
     for key, adapter in adapted.adapters(name):
-        layer, bare = record.layers[key], adapter.no_decay()
+        layer, bare, rising = record.layers[key], adapter.no_decay(), adapter.rising()
+        faster = up_mult if layer.up_mult is None else layer.up_mult
         for each, parameter in adapter.named_parameters():
             if parameter.requires_grad:
-                yield layer.kind, layer.lr_mult, each not in bare, parameter
+                yield layer.kind, layer.lr_mult * (faster if each in rising else 1.0), each not in bare, parameter
     for key, tensors in adapted.unfrozen(name):
         for tensor in tensors.values():
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad:

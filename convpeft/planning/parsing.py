@@ -13,6 +13,7 @@ from ..errors import OptionError, SpecError, brief, closest, shown
 from .bounds import MOST_BYTES, MOST_RULES, check_data, check_yaml, is_long
 from .rules import Rule, Unfreeze, is_empty, is_text_or_texts
 
+RECIPES = Path(__file__).parent / "recipes"
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -92,13 +93,34 @@ class _FastLoader(_Once, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type
     """The same by libyaml."""
 
 
+def in_package(name: str | Path, folder: str = "") -> str | Path:
+    """Return the path of a recipe, or an alias file, of the package if a text is its name; else what was given.
+
+    Args:
+        name: a text without a dot or a slash may be such a name; ``./balanced`` is a file always.
+        folder: ``aliases``, or nothing for recipes.
+
+    Raises:
+        SpecError: if it is neither the name of one nor of a file; with the names there are.
+    """
+    if not isinstance(name, str) or set(name) & set("./\\") or not name:
+        return name
+    known = {path.stem: path for path in sorted((RECIPES / folder).glob("*.yaml"))}
+    if name in known or Path(name).is_file():
+        return known.get(name, name)
+    what = "alias file" if folder else "recipe"
+    near = closest(name, known)
+    hint = f"Closest: {near}. " if near else ""
+    raise SpecError(f"{brief(name)} is no file, and no {what} of convpeft. {hint}There are: {', '.join(known)}.")
+
+
 def read_spec(path: str | Path) -> dict[str, Any]:
-    """Return the plain data of a spec file.
+    """Return the plain data of a spec file, or of a recipe by its name.
 
     Raises:
         SpecError: if it cannot be read, or is no mapping.
     """
-    data = read_data(path)
+    data = read_data(in_package(path))
     if not isinstance(data, dict):
         raise SpecError(f"{path}: a spec is a mapping with 'rules', not {type(data).__name__}")
     return data

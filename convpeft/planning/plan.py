@@ -28,6 +28,7 @@ class PlannedLayer:
         output: adapted entry of the module's output.
         merge_refusal: why it cannot merge, or None.
         form: its update is computed in, where a kind has several; chosen by what a training step costs.
+        up_mult: relative learning rate of its last weights, or None.
     """
 
     name: str
@@ -41,6 +42,7 @@ class PlannedLayer:
     output: int | str | None = None
     merge_refusal: str | None = None
     form: str | None = None
+    up_mult: float | None = None
 
     def record(self) -> LayerRecord:
         """Return the layer as the plain data that state and adapter files keep."""
@@ -49,7 +51,9 @@ class PlannedLayer:
         values = {key: value for key, value in values.items() if key not in later or value != later[key]}
         options = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         geometry = self.site.geometry.to_dict()
-        return LayerRecord(self.kind, self.site.place, options, geometry, self.output, self.lr_mult, self.rule)
+        return LayerRecord(
+            self.kind, self.site.place, options, geometry, self.output, self.lr_mult, self.rule, self.up_mult
+        )
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,13 @@ class Plan:
 
     Attributes:
         layers: the adapters, in module order.
-        owned: modules that train along (unfrozen, or norms under ``norm: adapt``), with relative learning rates.
+        owned: modules that train along (unfrozen, or norms under ``norm: affine`` and ``adapt``), with relative learning
+            rates.
         shadowed: for each module an earlier rule had taken: (module, the later rule, the winning rule).
         left: modules a ``leave`` rule keeps bare.
         base_parameters: of the model, without adapters.
         owned_parameters: how many of those train along.
+        warnings: what the plan can do and probably should not, a sentence each.
     """
 
     model_class: str
@@ -74,6 +80,7 @@ class Plan:
     base_parameters: int
     owned_parameters: int
     spec: dict[str, Any] = field(repr=False, default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def adapter_parameters(self) -> int:
@@ -118,4 +125,5 @@ class Plan:
         parts += [
             f"rule {rule} gave way to rule {winner} at: {shortened(names)}" for (rule, winner), names in lost.items()
         ]
+        parts += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(parts)

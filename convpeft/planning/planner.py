@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -15,18 +16,23 @@ from ..hosts.slots import base_class
 from .bypasses import bypassed
 from .globs import compile_glob
 from .plan import Plan
+from .rules import is_whole
 from .selection import Candidate, Selection
 from .sites import Sites, Wanted, half_shared, lazy_modules, own_parameters
 from .spec import Spec, SpecLike, as_spec
 
+FEW = 8  # images in a batch below which its moments are too noisy to train with: Wu and He, arXiv:1803.08494, fig. 1
 
-def plan(model: nn.Module, spec: SpecLike, *, example_inputs: Any = None) -> Plan:
+
+def plan(model: nn.Module, spec: SpecLike, *, example_inputs: Any = None, batch_size: int | None = None) -> Plan:
     """Return what ``inject`` would do, printable; the model is not touched.
 
     Args:
         model: any module.
         spec: a ``Spec``, plain data, or the path of a spec file.
         example_inputs: inputs to run a copy of the model on where only that tells the channels of a block's output.
+        batch_size: images that each process will train on in one forward pass; the plan warns where that is too few for the
+            norm policy, and says which to take.
 
     Raises:
         SpecError: all problems of the spec at once (a subclass when all are of one sort).
@@ -38,10 +44,10 @@ def plan(model: nn.Module, spec: SpecLike, *, example_inputs: Any = None) -> Pla
         >>> plan(model, {"rules": [{"match": "0", "kind": "lora", "rank": 2}]}).adapter_parameters
         70
     """
-    return make_plan(whole(model), as_spec(spec), example_inputs)
+    return make_plan(whole(model), as_spec(spec), example_inputs, batch_size)
 
 
-def make_plan(root: nn.Module, spec: Spec, example_inputs: Any = None) -> Plan:
+def make_plan(root: nn.Module, spec: Spec, example_inputs: Any = None, batch_size: int | None = None) -> Plan:
     """Return the plan of a spec for the module that is to hold the records.
 
     Raises:
@@ -70,7 +76,23 @@ def make_plan(root: nn.Module, spec: Spec, example_inputs: Any = None) -> Plan:
         sum(base.values()),
         sum(trained.values()),
         spec.to_dict(),
+        tuple(_batch_warnings(spec, batch_size, len(owned))),
     )
+
+
+def _batch_warnings(spec: Spec, batch_size: int | None, owned: int) -> Iterator[str]:
+    """Yield what speaks against training a spec with batches of so many images.
+
+    Raises:
+        SpecError: if that is no number of images.
+    """
+    if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
+        raise SpecError(f"batch_size is a whole number of images above 0, not {shown(batch_size)}")
+    if batch_size is not None and batch_size < FEW and spec.norm == "adapt" and owned:
+        yield (
+            f"norm: adapt with batches of {batch_size}, fewer than {FEW}: every step normalises with the moments of so few images. "
+            "Take norm: affine, and convpeft.calibrate(model, batches) before the training and after it."
+        )
 
 
 def _wanted(selection: Selection) -> list[Wanted]:
@@ -94,6 +116,7 @@ def _wanted(selection: Selection) -> list[Wanted]:
                 float(rule.lr_mult),
                 rule.output,
                 rule.channels,
+                up_mult=None if rule.up_mult is None else float(rule.up_mult),
             )
         )
     return wanted
@@ -134,7 +157,7 @@ def _unfrozen(selection: Selection, problems: list[SpecError]) -> dict[str, floa
             for name in names:
                 owned.setdefault(name, 1.0 if label in selection.check.unsound else float(entry.lr_mult))
         problems += selection.problems[before:]
-    if selection.spec.norm == "adapt":
+    if selection.spec.norm in ("affine", "adapt"):
         for candidate in selection.candidates:
             if is_batchnorm_like(candidate.module):
                 owned.setdefault(candidate.name, 1.0)

@@ -23,7 +23,7 @@ WHERE = {
     "depthwise": "true or false",
 }
 _MOST = 2**20  # channels, and the index of an output
-RULE_KEYS = ("match", "kind", "place", "only", "where", "lr_mult", "channels", "output")
+RULE_KEYS = ("match", "kind", "place", "only", "where", "lr_mult", "up_mult", "channels", "output")
 
 
 def as_patterns(match: str | Iterable[str]) -> tuple[str, ...]:
@@ -44,6 +44,8 @@ class Rule:
         where: further conditions: ``min_channels``, ``max_channels`` (of both sides), ``kernel_size``, ``groups``,
             ``depthwise``.
         lr_mult: learning rate of these adapters, relative to the rate given to ``param_groups``.
+        up_mult: learning rate of their last weights (B of LoRA, which starts at zero), relative to that of their others;
+            unset, as ``param_groups`` says.
         channels: of the module's output, for output adapters whose channels cannot be found out.
         output: which entry of a tuple, list or dict output is adapted.
         options: the kind's own options (``rank=8``).
@@ -62,6 +64,7 @@ class Rule:
         only: str | Iterable[str] = (),
         where: Mapping[str, Any] | None = None,
         lr_mult: float = 1.0,
+        up_mult: float | None = None,
         channels: int | None = None,
         output: int | str | None = None,
         **options: Any,
@@ -74,6 +77,7 @@ class Rule:
         if where is None or is_empty(where):
             self.where = {}
         self.lr_mult = plain(lr_mult)
+        self.up_mult = plain(up_mult)
         self.channels = plain(channels)
         self.output = plain(output)
         self.options = plain(options)
@@ -82,6 +86,7 @@ class Rule:
         """Return the rule as plain data, defaults left out."""
         result: dict[str, Any] = {"match": shortest(self.match), "kind": self.kind}
         defaults: dict[str, Any] = {"place": None, "only": (), "lr_mult": 1.0, "channels": None, "output": None}
+        defaults["up_mult"] = None
         for key, default in defaults.items():
             value = getattr(self, key)
             if value != default:
@@ -118,6 +123,8 @@ class Rule:
     def problems(self, label: str) -> list[SpecError]:
         """Return everything wrong with the rule, but for its patterns, that can be told without a model."""
         found = _check_lr_mult(self.lr_mult, label)
+        if self.up_mult is not None:
+            found += _check_lr_mult(self.up_mult, label, "up_mult")
         if self.place is not None and not (isinstance(self.place, str) and self.place in ("parallel", "output")):
             found.append(OptionError(f"{label}: place must be 'parallel' or 'output', not {shown(self.place)}"))
         if not all(isinstance(each, str) for each in self.only):
@@ -281,7 +288,7 @@ def is_rate(value: Any) -> bool:
     return fits(value, float) and value >= 0
 
 
-def _check_lr_mult(lr_mult: Any, label: str) -> list[SpecError]:
+def _check_lr_mult(lr_mult: Any, label: str, name: str = "lr_mult") -> list[SpecError]:
     if is_rate(lr_mult):
         return []
-    return [OptionError(f"{label}: lr_mult must be a number of at least 0, not {shown(lr_mult)}")]
+    return [OptionError(f"{label}: {name} must be a number of at least 0, not {shown(lr_mult)}")]

@@ -38,6 +38,7 @@ class Wanted:
         output: adapted entry of the module's output.
         channels: that a rule says the output has.
         geometry: of the site in a file; the module's must be the same.
+        up_mult: relative learning rate of the last weights, or None.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Wanted:
     output: Entry
     channels: int | None = None
     geometry: ConvGeometry | None = None
+    up_mult: float | None = None
 
     @property
     def label(self) -> str:
@@ -152,6 +154,7 @@ class Sites:
             wanted.output,
             kind.merge_refusal,
             draft.form,
+            wanted.up_mult,
         )
 
 

@@ -10,18 +10,19 @@ from typing import Any
 
 import yaml
 
+from ..adapters.options import fits, plain
 from ..errors import OptionError, SpecError, brief, closest, raise_problems, shown
 from .bounds import MOST_LETTERS, MOST_PATTERNS, MOST_RULES, check_data
 from .braces import measure
 from .globs import LONGEST
-from .parsing import _entries, _rule, _unfreeze, _unknown_keys, read_data, read_spec
+from .parsing import _entries, _rule, _unfreeze, _unknown_keys, in_package, read_data, read_spec
 from .rules import Rule, Unfreeze, as_patterns, check_alias, check_patterns, is_empty
 
 VERSION = 1
 
-NORMS = ("frozen", "adapt")
+NORMS = ("frozen", "affine", "adapt")
 
-_SPEC_KEYS = ("version", "aliases", "rules", "unfreeze", "norm")
+_SPEC_KEYS = ("version", "aliases", "rules", "unfreeze", "norm", "hold")
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,11 @@ class Spec:
     Attributes:
         rules: the first that matches a module wins.
         unfreeze: what trains along; plain patterns are taken as entries.
-        norm: ``frozen`` holds every BatchNorm-like layer in eval mode; ``adapt`` lets all of them train, statistics
-            and affine, as part of the adapter.
+        norm: of every BatchNorm-like layer. ``frozen`` holds it in eval mode, as the base has it; with ``affine`` its
+            scale and shift train and its statistics are held, both as the adapter's own (``calibrate`` re-estimates the
+            statistics); with ``adapt`` the statistics follow the batches as well.
         aliases: named positions: name to patterns, used as ``@name``.
+        hold: the last share of the steps in which ``norm: adapt`` holds its statistics; ``set_progress`` says when.
 
     Example:
         >>> Spec(rules=[Rule("**", "lora", rank=4)]).to_dict()
@@ -59,6 +62,7 @@ class Spec:
     unfreeze: Sequence[Unfreeze | str] = ()
     norm: str = "frozen"
     aliases: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    hold: float = 0.0
 
     def __post_init__(self) -> None:
         self.rules = _listed(self.rules, "rules")
@@ -71,21 +75,29 @@ class Spec:
         if not isinstance(self.aliases, Mapping):
             raise SpecError(f"aliases must map names to patterns, not {shown(self.aliases)}")
         self.aliases = {name: as_patterns(value) for name, value in self.aliases.items()}
+        self.hold = plain(self.hold)
 
     @classmethod
     def load(cls, path: str | Path, *, aliases: str | Path | Mapping[str, Any] | None = None) -> Spec:
-        """Return the spec of a YAML or JSON file.
+        """Return the spec of a YAML or JSON file, or of a recipe that comes with the package.
 
         Args:
-            path: ends in ``.json`` for JSON; anything else is read as YAML.
-            aliases: a file (or mapping) of named positions; it wins over the spec's own.
+            path: ends in ``.json`` for JSON; anything else is read as YAML. Or ``light``, ``balanced`` or ``strong``, recipes
+                that train at most 0.5, 2.5 and 8 % of a detector and merge whole; they need ``aliases``.
+            aliases: a file (or mapping) of named positions; it wins over the spec's own. Or the name of an alias file that
+                comes with the package, such as ``yolov8-world``; a name that there is not is an error that lists them.
 
         Raises:
             SpecError: if the file is unreadable or says something unknown; all problems at once.
+
+        Example:
+            >>> spec = Spec.load("balanced", aliases="yolov8-world")
+            >>> spec.norm, [rule.kind for rule in spec.rules]
+            ('adapt', ['rep_mona', 'lora', 'lora', 'lora'])
         """
         data = read_spec(path)
         if aliases is not None:
-            named = dict(aliases) if isinstance(aliases, Mapping) else read_data(aliases)
+            named = dict(aliases) if isinstance(aliases, Mapping) else read_data(in_package(aliases, "aliases"))
             named = named.get("aliases", named) if isinstance(named, dict) else named
             if not isinstance(named, dict):
                 raise SpecError(f"{aliases}: an alias file maps names to patterns")
@@ -139,6 +151,7 @@ class Spec:
             [entry for entry in unfreeze if entry],
             data.get("norm", "frozen"),
             aliases,
+            data.get("hold", 0.0),
         )
         return spec, problems
 
@@ -152,6 +165,8 @@ class Spec:
             result["unfreeze"] = [entry.to_dict() for entry in self.entries]
         if self.norm != "frozen":
             result["norm"] = self.norm
+        if self.hold != 0:
+            result["hold"] = self.hold
         return result
 
     def save(self, path: str | Path) -> None:
@@ -185,7 +200,8 @@ class Spec:
         found: list[SpecError] = []
         if not isinstance(self.norm, str) or self.norm not in NORMS:
             found.append(OptionError(f"norm must be one of {', '.join(NORMS)}, not {shown(self.norm)}"))
-        if complete and not self.rules and not self.unfreeze and self.norm != "adapt":
+        found += self._hold_problems()
+        if complete and not self.rules and not self.unfreeze and self.norm == "frozen":
             found.append(SpecError("the spec has no rules and unfreezes nothing: nothing would train"))
         found += aliases
         unresolved, unsound = set(), set()
@@ -198,6 +214,15 @@ class Spec:
                 unsound.add(label)
             found += patterns + others
         return SpecCheck(tuple(found), frozenset(unresolved), frozenset(unsound))
+
+    def _hold_problems(self) -> list[SpecError]:
+        if not fits(self.hold, float) or not 0 <= self.hold <= 1:
+            return [OptionError(f"hold must be a share of the steps, from 0 to 1, not {shown(self.hold)}")]
+        if self.hold and self.norm != "adapt":
+            return [
+                OptionError(f"hold is for norm: adapt; with norm: {shown(self.norm)} statistics are held throughout")
+            ]
+        return []
 
     def _crowded(self, entries: Sequence[Rule | Unfreeze]) -> str | None:
         """Return why there is more in the spec than can be matched in a reasonable time, or None."""

@@ -78,6 +78,23 @@ class TestNorms:
         assert all(torch.equal(a, b) for a, b in zip(learnt.values(), bits(model.stem.norm).values(), strict=False))
         assert same_bits(before, bits(convpeft.eject(model)))
 
+    def test_affine_trains_scale_and_shift_and_holds_the_statistics(self):
+        model, x = detector(), images()
+        before, own = bits(model), model(x)
+        convpeft.inject(model, {"rules": [LORA], "norm": "affine"}, name="a")
+        assert torch.equal(model(x), own)
+        steps(model)
+        assert not any(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+        learnt, trained = bits(model.stem.norm), model.eval()(x)
+        moved = {key for key in learnt if "." not in key and not torch.equal(learnt[key], before[f"stem.norm.{key}"])}
+        assert moved == {"weight", "bias"}
+        convpeft.set_active(model, None)
+        assert torch.equal(model(x), own)
+        convpeft.set_active(model, "a")
+        assert torch.equal(model(x), trained)
+        torch.testing.assert_close(convpeft.merge(model)(x), trained, rtol=1e-12, atol=1e-12)
+        assert same_bits(before, bits(convpeft.eject(model)))
+
     def test_an_adapters_statistics_do_not_leak_into_another(self):
         model, x = detector(), images()
         for name in ("a", "b"):
@@ -103,7 +120,7 @@ class TestNorms:
         ],
         ids=["SyncBatchNorm", "BatchNormAct2d", "without affine", "InstanceNorm2d", "BatchNorm1d"],
     )
-    @pytest.mark.parametrize("policy", ["frozen", "adapt"])
+    @pytest.mark.parametrize("policy", ["frozen", "affine", "adapt"])
     def test_every_norm_with_statistics_is_held(self, norm, policy):
         layer = norm()
         model = nn.Sequential(
@@ -116,7 +133,7 @@ class TestNorms:
         if policy == "adapt" and not isinstance(layer, nn.SyncBatchNorm):  # that one trains on a GPU only
             model(torch.randn(2, 3, 4, 4))
             assert not torch.equal(layer.running_mean, before["2.running_mean"])
-        elif policy == "frozen":
+        elif policy != "adapt":
             model(torch.randn(2, 3, 4, 4))
         assert same_bits(before, bits(convpeft.eject(model)))
 

@@ -39,6 +39,44 @@ class TestParamGroups:
         assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}
         assert (active is None) == (groups == [])
 
+    def test_the_last_weights_go_faster(self, tmp_path):
+        rules = [
+            {**LORA, "lr_mult": 0.5},
+            {"match": "stem.conv", "kind": "rep_mona", "rank": 2, "up_mult": 16},
+            {"match": "neck", "kind": "bottleneck", "up_mult": 1},
+        ]
+        model = detector()
+        convpeft.inject(model, {"rules": rules, "unfreeze": ["score"]})
+        path = convpeft.save_adapter(model, tmp_path / "a.safetensors")
+        for round in range(2):
+            keys = {id(parameter): name for name, parameter in model.named_parameters()}
+            rates = {
+                keys[id(parameter)]: group["lr"] / 0.1
+                for group in convpeft.param_groups(model, lr=0.1, up_mult=4)
+                for parameter in group["params"]
+            }
+            assert len(rates) == sum(p.requires_grad for p in model.parameters())
+            fast = {name: rate for name, rate in rates.items() if rate > 1}
+            assert fast == pytest.approx(
+                {
+                    "body.0.conv.convpeft.default.up": 2.0,
+                    "body.1.conv.convpeft.default.up": 2.0,
+                    "stem.conv.convpeft.default.up": 16.0,
+                }
+            )
+            assert rates["body.0.conv.convpeft.default.down"] == pytest.approx(0.5)
+            assert rates["neck.convpeft.default.up.weight"] == rates["score.weight"] == pytest.approx(1.0)
+            if round == 0:  # a file keeps the rule's rate
+                convpeft.eject(model)
+                convpeft.load_adapter(model, path)
+
+    def test_no_rate_is_refused(self):
+        model = adapted()
+        with pytest.raises(convpeft.OptionError, match="up_mult must be a number of at least 0"):
+            convpeft.param_groups(model, lr=0.1, up_mult=-1)
+        with pytest.raises(convpeft.OptionError, match="rule 1: up_mult must be a number of at least 0, not 'fast'"):
+            convpeft.plan(detector(), {"rules": [{**LORA, "up_mult": "fast"}]})
+
     def test_rates_decay_and_names(self):
         model = adapted()
         convpeft.set_active(model, "a")

@@ -118,7 +118,7 @@ def test_a_plan_of_an_adapted_model_sees_the_users_modules_only():
     before.check()
 
 
-@pytest.mark.parametrize("norm", ["frozen", "adapt"])
+@pytest.mark.parametrize("norm", ["frozen", "affine", "adapt"])
 def test_counts_and_print(norm):
     model = detector()
     base = sum(p.numel() for p in model.parameters())
@@ -129,7 +129,7 @@ def test_counts_and_print(norm):
         {"match": "box", "kind": "rep_mona", "rank": 2},
     ]
     report = convpeft.plan(model, {"rules": rules, "unfreeze": [{"match": "score", "lr_mult": 2}], "norm": norm})
-    norms = 2 * 3 * 8 if norm == "adapt" else 0
+    norms = 0 if norm == "frozen" else 2 * 3 * 8
     assert report.base_parameters == base
     assert report.owned_parameters == 6 * 4 + 4 + norms
     assert report.owned["score"] == 2.0
@@ -165,3 +165,22 @@ def test_what_is_wrong_with_the_spec_and_with_its_fit_is_told_together():
     text = refused({"rules": rules, "unfreeze": ["nobody"]}, SpecError, "5 problems")
     for part in ("rank must be above 0", "unknown kind 'lroa'", "'nowhere' m", "'elsewhere' m", "'nobody' m"):
         assert part in text
+
+
+class TestBatchSize:
+    @pytest.mark.parametrize(("norm", "size", "warns"), [("adapt", 7, True), ("adapt", 8, False), ("affine", 2, False)])
+    def test_small_batches_are_warned_of(self, norm, size, warns):
+        report = convpeft.plan(detector(), {"norm": norm}, batch_size=size)
+        assert bool(report.warnings) is warns
+        assert ("warning: norm: adapt with batches of 7, fewer than 8" in str(report)) is warns
+        assert ("Take norm: affine, and convpeft.calibrate" in str(report)) is warns
+
+    def test_inject_warns_as_well(self):
+        with pytest.warns(UserWarning, match="norm: adapt with batches of 4") as found:
+            convpeft.inject(detector(), {"norm": "adapt"}, batch_size=4)
+        assert found[0].filename == __file__
+
+    @pytest.mark.parametrize("size", [0, 2.0, True, "8"])
+    def test_no_number_of_images_is_refused(self, size):
+        with pytest.raises(convpeft.SpecError, match="batch_size is a whole number"):
+            convpeft.plan(detector(), {"norm": "adapt"}, batch_size=size)
