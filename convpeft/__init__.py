@@ -11,6 +11,7 @@ from .files.header import inspect_adapter
 from .files.loading import load_adapter
 from .files.saving import save_adapter
 from .hosts.model import AdaptedModel
+from .injection.auditing import audit
 from .injection.checking import check
 from .injection.inject import eject, inject
 from .injection.routing import route
@@ -29,7 +30,7 @@ __all__ = [
     "AdaptedModel", "Adapter", "AdapterConflict", "AdapterFileError", "AdapterOptions", "BaseMismatch", "ConvGeometry",
     "ConvPeftError", "GeometryError", "HostError", "MergeError", "MergePlan", "NotMergeable", "OptionError", "PatternError",
     "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site", "Spec", "SpecError", "StateError", "Unfreeze",
-    "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds", "auxiliary_loss", "check", "disabled", "eject",
+    "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds", "audit", "auxiliary_loss", "check", "disabled", "eject",
     "inject", "inspect_adapter", "load_adapter", "merge", "param_groups", "plan", "plan_merge", "register_adapter", "route",
     "save_adapter", "set_active", "summary", "using",
 ]  # fmt: skip

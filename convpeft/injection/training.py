@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..hosts.model import AdaptedModel
 from ..hosts.modules import base_modules, device_and_dtype
 from ..hosts.slots import BASE
+from ..hosts.steps import watch_steps
 from ..hosts.unfrozen import tensors_of
 from ..planning.tables import table
 
@@ -39,6 +40,7 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> l
     """
     adapted = AdaptedModel.of(model)
     adapted.require_hosts()
+    watch_steps(adapted.root)
     groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     seen: set[int] = set()
     for name in adapted.state.running:
