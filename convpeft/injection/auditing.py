@@ -15,7 +15,7 @@ from ..hosts.model import AdaptedModel
 from ..hosts.modules import base_class
 from ..hosts.steps import REMEDY, parameters_of, watch_steps
 from ..planning.tables import table
-from .training import param_groups
+from .training import grouped
 
 _SAME_RATE = 1e-6  # relative: rates in one ratio to lr_mult differ by rounding only
 Group = tuple[str, float | None, float | None]  # what an optimizer's group is called, its rate and its weight decay
@@ -177,7 +177,7 @@ class _Audit:
         self.parameters = {id(parameter): parameter for parameter in adapted.root.parameters()}
         self.wanted = {
             id(parameter): (group["name"].removesuffix(" (no decay)").partition(" x")[0], group["lr_mult"])
-            for group in param_groups(adapted.root, lr=1.0)
+            for group in grouped(adapted, 1.0, 0.0)
             for parameter in group["params"]
         }
         self.found: dict[int, Group] = {}
@@ -189,7 +189,7 @@ class _Audit:
     def _shown_groups(self) -> list[dict[str, Any]]:
         if self.groups is not None:
             return self.groups
-        return [{**group, "lr": None, "weight_decay": None} for group in param_groups(self.adapted.root, lr=1.0)]
+        return [{**group, "lr": None, "weight_decay": None} for group in grouped(self.adapted, 1.0, 0.0)]
 
     def report(self) -> AuditReport:
         """Return the report."""

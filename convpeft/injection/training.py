@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import StateError
 from ..hosts.model import AdaptedModel
 from ..hosts.modules import base_modules, device_and_dtype
 from ..hosts.slots import BASE
@@ -29,7 +30,8 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> l
         weight_decay: of weights.
 
     Raises:
-        StateError: if nothing is injected, or an adapted layer or held norm was replaced since.
+        StateError: if nothing is injected, an adapted layer or held norm was replaced since, or all of the active adapters was
+            frozen since.
 
     Example:
         >>> import torch, convpeft
@@ -41,6 +43,18 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> l
     adapted = AdaptedModel.of(model)
     adapted.require_hosts()
     watch_steps(adapted.root)
+    groups = grouped(adapted, lr, weight_decay)
+    if not groups and adapted.state.running and not adapted.state.resting:
+        names = ", ".join(adapted.state.running)
+        raise StateError(
+            f"nothing of the active adapters ({names}) requires a gradient: somebody froze the whole model, as ultralytics does when "
+            "it saves and opens a checkpoint. convpeft.set_active(model, name) lets an adapter train again"
+        )
+    return groups
+
+
+def grouped(adapted: AdaptedModel, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Return what ``param_groups`` does; nothing where nothing requires a gradient."""
     groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     seen: set[int] = set()
     for name in adapted.state.running:

@@ -132,6 +132,12 @@ def test_frozen_adapters_and_loose_norms_are_told(model):
     assert convpeft.audit(model).ok
 
 
+def test_a_model_that_somebody_froze_whole_is_told(model):
+    model.requires_grad_(False)
+    assert problem(model).startswith("4 layers of active adapters are frozen by somebody else")
+    assert convpeft.audit(model).rows == ()
+
+
 def test_no_active_adapter_and_a_lost_layer_are_told(model):
     convpeft.set_active(model, None)
     assert problem(model).startswith("no adapter is active")
