@@ -91,6 +91,9 @@ def lively(model: nn.Module) -> None:
     model.eval()
 
 
+nightly = pytest.mark.nightly
+
+
 class Interrupted(Exception):
     """Ends a training where a crash would."""
 
@@ -187,6 +190,7 @@ class TestATraining:
         torch.testing.assert_close(raw(yolo.model), raw(plain), rtol=1e-3, atol=1e-3)
         assert not torch.allclose(raw(base_of(run)), raw(plain), rtol=1e-3, atol=1e-3)
 
+    @nightly  # a process of its own takes five seconds
     def test_plain_ultralytics_validates_and_predicts_with_it_without_convpeft(self, trained, tmp_path):
         _, run, _ = trained
         script = (
@@ -224,9 +228,6 @@ class Fake:
     """Has the arguments of a trainer and nothing else."""
 
     args = type("Args", (), {"model": "last.pt"})
-
-
-nightly = pytest.mark.nightly
 
 
 @pytest.mark.parametrize(
@@ -343,6 +344,7 @@ class TestWhatUltralyticsFuses:
         assert not torch.allclose(raw(twin.fuse()), raw(yolo.model.fuse()), atol=1e-3)
 
 
+@nightly
 def test_auxiliary_losses_are_part_of_the_loss_and_what_cannot_merge_is_saved_adapted(tmp_path):
     from ultralytics import YOLO
 
