@@ -30,22 +30,22 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml
 demo: $(VENV)/.installed-example
 	$(BIN)/python -m examples.yolo_world.demo $(ARGS)
 
-test: $(VENV)/.installed-example,commands,detectors,test
+test: $(VENV)/.installed-example,commands,detectors,trainers,test
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-quick: $(VENV)/.installed-example,commands,detectors,test
+quick: $(VENV)/.installed-example,commands,detectors,trainers,test
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
-mutants: $(VENV)/.installed-example,commands,detectors,test
+mutants: $(VENV)/.installed-example,commands,detectors,trainers,test
 	$(BIN)/python -m tests.mutants
 
-nightly: $(VENV)/.installed-example,commands,detectors,test
-	$(BIN)/python -m pytest tests/merging tests/properties tests/files/test_hostile.py tests/injection/test_interrupts.py tests/usage/test_sizes.py tests/usage/test_export.py tests/detectors tests/examples --nightly -s $(ARGS)
+nightly: $(VENV)/.installed-example,commands,detectors,trainers,test
+	$(BIN)/python -m pytest tests/merging tests/properties tests/files/test_hostile.py tests/injection/test_interrupts.py tests/usage tests/detectors tests/examples tests/integrations --nightly -s $(ARGS)
 
 benchmarks: $(VENV)/.installed-example,benchmarks
 	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks $(ARGS)  # waking threads that sleep would be measured
 
-check: $(VENV)/.installed-example,commands,detectors,test,dev
+check: $(VENV)/.installed-example,commands,detectors,trainers,test,dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/mypy

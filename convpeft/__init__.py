@@ -14,6 +14,7 @@ from .files.lycoris_format import from_lycoris, to_lycoris
 from .files.peft_format import from_peft, to_peft
 from .files.saving import save_adapter
 from .hosts.model import AdaptedModel
+from .injection.auditing import audit
 from .injection.calibration import calibrate
 from .injection.checking import check
 from .injection.extracting import extract
@@ -40,8 +41,8 @@ __all__ = [
     "ConvPeftError", "ExtractedLayer", "Extraction", "GeometryError", "HostError", "MergeError", "MergePlan",
     "NotMergeable", "OptionError", "PatternError", "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site",
     "Spec", "SpecError", "StateError", "Suggestion", "Unfreeze", "UnknownAdapter", "UnknownKind", "active_adapters",
-    "adapter_kinds", "auxiliary_loss", "calibrate", "check", "disabled", "eject", "extract", "from_lycoris",
-    "from_peft", "from_pretrained", "initialise", "inject", "inspect_adapter", "load_adapter", "merge",
-    "param_groups", "plan", "plan_merge", "push_to_hub", "register_adapter", "route", "save_adapter",
+    "adapter_kinds", "audit", "auxiliary_loss", "calibrate", "check", "disabled", "eject", "extract",
+    "from_lycoris", "from_peft", "from_pretrained", "initialise", "inject", "inspect_adapter", "load_adapter",
+    "merge", "param_groups", "plan", "plan_merge", "push_to_hub", "register_adapter", "route", "save_adapter",
     "save_pretrained", "set_active", "set_progress", "suggest", "summary", "to_lycoris", "to_peft", "using",
 ]  # fmt: skip

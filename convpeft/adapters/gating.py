@@ -26,7 +26,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return gates and probabilities, each ``(..., groups, experts)``, in float32 or float64."""
-        logits = self.score(x.mean((-2, -1), keepdim=True)).flatten(-3).unflatten(-1, (self.groups, -1))
+        logits = self.score(x.mean((-2, -1), keepdim=True))[..., 0, 0]
+        logits = logits.unflatten(logits.ndim - 1, (self.groups, -1))
         probabilities = (logits if logits.dtype == torch.float64 else logits.float()).softmax(-1)
         chosen, indices = probabilities.topk(self.top_k, -1)
         if self.top_k > 1:
@@ -37,7 +38,11 @@ class Router(nn.Module):
 def weigh_by_group(hidden: Tensor, gates: Tensor, expert: int) -> Tensor:
     """Return a map ``(..., channels, H, W)`` times one expert's gates ``(..., groups, experts)``, group by group."""
     per_group = hidden.shape[-3] // gates.shape[-2]
-    return hidden * gates[..., expert].to(hidden.dtype).repeat_interleave(per_group, -1)[..., None, None]
+    shares = gates[..., expert].to(hidden.dtype)
+    each = shares.unsqueeze(shares.ndim).expand(
+        *shares.shape, per_group
+    )  # an exported repeat_interleave repeats the whole
+    return hidden * each.flatten(shares.ndim - 1)[..., None, None]
 
 
 class RoutedAdapter(Adapter):

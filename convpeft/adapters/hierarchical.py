@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..convolution.nodes import is_exporting
 from .base import Adapter, Site
 from .branches import zeroed
-from .layers import Affine, Filter, Standardize
+from .layers import Affine, Filter, Standardize, image_of, pixels_of
 from .options import AdapterOptions, positive, probability
 from .registry import register_adapter
 
@@ -103,9 +103,10 @@ class Attention(nn.Module):
     def _pooled(self, pixels: Tensor) -> Tensor:
         height, width = pixels.shape[-3], pixels.shape[-2]
         step = (-(-height // self.cells), -(-width // self.cells))
-        pooled = F.avg_pool2d(pixels.movedim(-1, -3), step, ceil_mode=True).movedim(-3, -1)
-        attended = self._attend(pixels.flatten(-3, -2), pooled.flatten(-3, -2), None)
-        return attended.unflatten(-2, (height, width))
+        pooled = pixels_of(F.avg_pool2d(image_of(pixels), step, ceil_mode=True))
+        first, last = pixels.ndim - 3, pixels.ndim - 2  # not negative, see pixels_of
+        attended = self._attend(pixels.flatten(first, last), pooled.flatten(first, last), None)
+        return attended.unflatten(first, (height, width))
 
     def _windowed(self, pixels: Tensor) -> Tensor:
         side, (height, width) = self.cells, pixels.shape[-3:-1]
@@ -191,9 +192,9 @@ class Hierarchical(Adapter):
 
     def _tokens(self, hidden: Tensor) -> Tensor:
         """Return the map after attention and MLP, the two steps that treat pixels as tokens."""
-        pixels = hidden.movedim(-3, -1)
+        pixels = pixels_of(hidden)
         pixels = pixels + self.attention(pixels)
-        return (pixels + self.mlp(pixels)).movedim(-1, -3)
+        return image_of(pixels + self.mlp(pixels))
 
 
 def _gated(layer: Filter | Affine, gate: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def pixels_of(image: Tensor) -> Tensor:
+    """Return a map ``(..., C, H, W)`` as pixels ``(..., H, W, C)``; torch's older ONNX exporter wants axes from the front."""
+    return image.movedim(image.ndim - 3, image.ndim - 1)
+
+
+def image_of(pixels: Tensor) -> Tensor:
+    """Return pixels ``(..., H, W, C)`` as a map ``(..., C, H, W)``."""
+    return pixels.movedim(pixels.ndim - 1, pixels.ndim - 3)
+
+
 class Filter(nn.Module):
     """What ``nn.Conv2d`` computes, with a square kernel, stride 1 and zero padding; its fields have the same names."""
 

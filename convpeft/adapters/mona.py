@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .base import Adapter, Site
 from .branches import Branch, is_traced, sum_of_kernels, zeroed
-from .layers import Filter, Standardize
+from .layers import Filter, Standardize, image_of, pixels_of
 from .options import AdapterOptions, odd_kernels, positive, probability
 from .registry import register_adapter
 
@@ -85,10 +85,10 @@ class Mona(Adapter):
 
     def _normed(self, z: Tensor) -> Tensor:
         """Return ``s1 * LayerNorm(z) + s2 * z``; s1 is multiplied into the norm's gain, which saves a map in memory."""
-        pixels = z.movedim(-3, -1)
+        pixels = pixels_of(z)
         gain, shift = self.norm.weight * self.norm_scale, self.norm.bias * self.norm_scale
         normed = F.layer_norm(pixels, self.norm.normalized_shape, gain, shift, self.norm.eps)
-        return (normed + pixels * self.input_scale).movedim(-1, -3)
+        return image_of(normed + pixels * self.input_scale)
 
     def _linear_part(self, hidden: Tensor) -> Tensor:
         """Return ``p(d(hidden))``, with the mean of the branches as one depthwise convolution."""

@@ -18,6 +18,8 @@ ALGORITHM = "blake2b-128"
 
 _COUNTERS = ("num_batches_tracked",)  # how often a norm was updated changes no output
 
+_CASTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what a base may have been cast to as a whole
+
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -74,10 +76,14 @@ def _parts(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {"": digest(own) if own else "", **{key: digest([(key, tensor)]) for key, tensor in buffers.items()}}
 
 
-def differing(root: nn.Module, layers: dict[str, str], parts_there: dict[str, dict[str, str]]) -> tuple[list[str], int]:
-    """Return the names of the base's layers that are not those a file was made on, and how many layers there are here.
+def differing(
+    root: nn.Module, layers: dict[str, str], parts_there: dict[str, dict[str, str]]
+) -> tuple[list[str], int, torch.dtype | None]:
+    """Return the base's layers that are not those a file was made on, how many layers there are here, and the file's dtype.
 
-    A buffer that only one of the two has is no difference: the module made it when it ran.
+    A buffer that only one of the two has is no difference: the module made it when it ran. Nor is a dtype, if the values
+    here, in the dtype of the file's base, are the file's: then that dtype is returned, and None otherwise. The other way
+    round nothing can be said: half precision does not tell which float32 base it came from.
 
     Args:
         root: of the model here.
@@ -85,23 +91,47 @@ def differing(root: nn.Module, layers: dict[str, str], parts_there: dict[str, di
     """
     here, modules = fingerprint(root), dict(unique_modules(root))
     suspects = [key for key in {**layers, **here} if layers.get(key) != here.get(key)]
-    found = []
+    found, cast = [], None
     for key in suspects:
         module = modules.get(key)
-        if module is None or not _is_alike(module, layers.get(key, ""), parts_there.get(key)):
+        if module is None:
             found.append(key)
-    return found, len(here)
+            continue
+        there = layers.get(key, ""), parts_there.get(key)
+        tried = (None, *([cast] if cast is not None else _CASTS))
+        fits = [dtype for dtype in tried if _is_alike(module, *there, dtype)]
+        if not fits:
+            found.append(key)
+        elif fits[0] is not None:
+            cast = fits[0]
+    return found, len(here), cast
 
 
-def _is_alike(module: nn.Module, layer: str, there: dict[str, str] | None) -> bool:
-    """Return whether a layer is the one of a file up to buffers that only one of the two has."""
+def _in(dtype: torch.dtype | None, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as a cast of the whole model would have them."""
+    if dtype is None:
+        return tensors
+    cast = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    return {
+        key: nn.Parameter(new, False) if isinstance(tensors[key], nn.Parameter) else new for key, new in cast.items()
+    }
+
+
+def _is_alike(module: nn.Module, layer: str, there: dict[str, str] | None, dtype: torch.dtype | None) -> bool:
+    """Return whether a layer, in a dtype, is the one of a file up to buffers that only one of the two has."""
+    own = _in(dtype, tensors_of(module, BASE))
+    counted = [(key, tensor) for key, tensor in own.items() if key not in _COUNTERS]
+    if dtype is not None and counted and digest(counted) == layer:
+        return True
     if is_batchnorm_like(module):
         return False
-    ours = _parts(tensors_of(module, BASE))
+    ours = _parts(own)
     if there is None:  # it had no buffers, or the file is older than these digests
-        shown = {**dict(module.named_parameters(recurse=False)), **module._buffers}
+        shown = _in(
+            dtype, {key: each for key, each in {**module._parameters, **module._buffers}.items() if each is not None}
+        )
         hidden = module._non_persistent_buffers_set
-        now = [(key, each) for key, each in shown.items() if each is not None and key not in hidden]
+        now = [(key, each) for key, each in shown.items() if key not in hidden]
         return layer in (ours[""], digest(now) if now else "")
     return all(ours[key] == there[key] for key in ours.keys() & there.keys())
 

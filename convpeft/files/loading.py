@@ -58,7 +58,8 @@ def load_adapter(
         name: to give it here; unset, the one it was saved under.
         any_base: accept a base with other weights (the layers' shapes must fit all the same).
         lean: see ``inject``.
-        dtype: of the adapters' parameters, see ``inject``; unset, that of the file, or with ``any_base`` that of the layers.
+        dtype: of the adapters' parameters, see ``inject``; unset, that of the file, or that of the layers with ``any_base``
+            and where the file's base was a cast of this one.
 
     Raises:
         AdapterFileError: if the file is damaged or does not fit; the text says which layers.
@@ -74,12 +75,11 @@ def load_adapter(
         check_name(root, name)
         modules = dict(base_modules(root))
         sites = _sites(root, modules, file, path, trusting=not any_base)
-        if not any_base:
-            _check_base(root, file, path)
+        same_dtype = not any_base and _check_base(root, file, path)
         _check_tensors(modules, sites, file, path)
         tensors = _read(source, file)
         _check_dtypes(modules, sites, file, path)
-    built = _built(modules, sites.layers, file, tensors, path, keep_dtype=not any_base, dtype=wanted)
+    built = _built(modules, sites.layers, file, tensors, path, keep_dtype=same_dtype, dtype=wanted)
     install(root, name, AdapterRecord(file.spec, file.layers, file.owned, file.norm), built, lean=lean)
     return file
 
@@ -152,14 +152,16 @@ def _doubles(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator
             yield f"{name}: the same module as {first[id(modules[name])]} here, and another one in the file"
 
 
-def _check_base(root: nn.Module, file: AdapterFile, path: Path) -> None:
-    differ, count = differing(root, file.base, file.parts)
+def _check_base(root: nn.Module, file: AdapterFile, path: Path) -> bool:
+    """Raise a BaseMismatch if the file was made on another base; return whether the base has its dtype here, too."""
+    differ, count, cast = differing(root, file.base, file.parts)
     if differ:
         raise BaseMismatch(
             f"{path} was made on another base: {len(differ)} of {count} layers differ ({shortened(differ)}); the model is "
             "unchanged. Load the base's own checkpoint first; any_base=True takes the adapter as it is.",
             differ,
         )
+    return cast is None
 
 
 def _check_tensors(modules: Mapping[str, nn.Module], sites: Sites, file: AdapterFile, path: Path) -> None:
@@ -244,7 +246,7 @@ def _built(
     """Return what is to be installed, with the file's tensors.
 
     On the very base they keep their dtype, unless the model's holds all of its numbers and more: then nothing is lost
-    by the model's, and the layers run. On another base they get the model's. ``dtype`` is that of the adapters in either
+    by the model's, and the layers run. On another base, or on this one in another dtype, they get the model's. ``dtype`` is that of the adapters in either
     case, if it is given.
     """
 

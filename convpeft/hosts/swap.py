@@ -5,11 +5,13 @@ The module keeps its parameters, buffers, children, hooks and identity. All that
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache, wraps
+from types import FunctionType
 from typing import Any, ClassVar
 
 from torch import nn
@@ -228,7 +230,19 @@ def adapted_class(base: Any) -> Any:
     )
     body.update(self_copying(base, _adapt_again))
     has_children = not (is_convolution(base) or is_norm(base) or issubclass(base, nn.Linear))
+    if has_children:
+        body["forward"] = _forward_like(base)
     return type(f"Adapted{base.__name__}", (mixin, Guard, base) if has_children else (mixin, base), body)
+
+
+def _forward_like(base: Any) -> Any:
+    """Return ``Adapted.forward`` with the signature of a class's own forward: trainers ask it which inputs a model takes."""
+    own = Adapted.forward
+    made = FunctionType(own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__)
+    made.__doc__, made.__qualname__ = own.__doc__, own.__qualname__
+    with suppress(TypeError, ValueError):  # of a class whose forward has none
+        made.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    return made
 
 
 def _own_class_instead(base: Any) -> Any:

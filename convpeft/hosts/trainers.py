@@ -68,9 +68,9 @@ def _verify(trainer: Any) -> None:
 def _refusal(owner: Any, call: str) -> HostError:
     return HostError(
         f"{call} builds a new model, which has none of the adapters that are in this {type(owner).__name__}'s, and that one "
-        "would be trained. Train the adapted model in a loop of your own (examples/yolo_world has one), or pass trainer=, a "
-        "trainer class whose get_model() returns the adapted model and whose final_eval() does not fuse it; to train the base, take the adapters out first: "
-        "convpeft.eject(yolo.model). The model is unchanged."
+        "would be trained. Pass trainer=convpeft.integrations.ultralytics.trainer(spec), which injects into the model that is "
+        "trained, or a trainer class whose get_model() returns the adapted model and whose final_eval() does not fuse it; to "
+        "train the base, take the adapters out first: convpeft.eject(yolo.model). The model is unchanged."
     )
 
 

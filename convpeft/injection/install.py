@@ -19,6 +19,7 @@ from ..hosts.model import AdaptedModel
 from ..hosts.modules import device_and_dtype, is_batchnorm_like, is_within, unique_modules
 from ..hosts.records import AdapterRecord, ModelState
 from ..hosts.slots import BASE, StoredTensors, base_class
+from ..hosts.steps import watch_steps
 from ..hosts.swap import adapt, can_be_kept_training, wants_training
 from ..hosts.trained import train_only
 from ..hosts.transaction import change
@@ -147,6 +148,7 @@ def install(root: nn.Module, name: str, record: AdapterRecord, built: Built, *, 
         protect(root, journal)
 
     change(root, state, work, [model.slots(key) for key in present], since=model.since)
+    watch_steps(root)
 
 
 def _flags(root: nn.Module) -> dict[str, bool]:

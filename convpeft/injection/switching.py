@@ -16,6 +16,7 @@ from ..hosts.journal import Journal
 from ..hosts.model import AdaptedModel
 from ..hosts.records import ModelState, Names
 from ..hosts.slots import Slots
+from ..hosts.steps import watch_steps
 from ..hosts.swap import hold
 from ..hosts.threads import Block
 from ..hosts.trained import train_only
@@ -44,6 +45,7 @@ def set_active(model: nn.Module, names: str | Iterable[str] | None) -> None:
         train_only(adapted, wanted, journal)
 
     change(adapted.root, adapted.state, work, planned.slots, since=adapted.since)
+    watch_steps(adapted.root)
     _forget_compiled()
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, shown
+from ..errors import OptionError, StateError, shown
 from ..hosts.model import AdaptedModel
 from ..hosts.modules import base_modules, device_and_dtype
 from ..hosts.slots import BASE
+from ..hosts.steps import watch_steps
 from ..hosts.unfrozen import tensors_of
 from ..planning.rules import is_rate
 from ..planning.tables import table
@@ -36,7 +37,8 @@ def param_groups(
 
     Raises:
         OptionError: if ``up_mult`` is no rate.
-        StateError: if nothing is injected, or an adapted layer or held norm was replaced since.
+        StateError: if nothing is injected, an adapted layer or held norm was replaced since, or all of the active adapters was
+            frozen since.
 
     Example:
         >>> import torch, convpeft
@@ -53,6 +55,19 @@ def param_groups(
         raise OptionError(f"up_mult must be a number of at least 0, not {shown(up_mult)}")
     adapted = AdaptedModel.of(model)
     adapted.require_hosts()
+    watch_steps(adapted.root)
+    groups = grouped(adapted, lr, weight_decay, up_mult)
+    if not groups and adapted.state.running and not adapted.state.resting:
+        names = ", ".join(adapted.state.running)
+        raise StateError(
+            f"nothing of the active adapters ({names}) requires a gradient: somebody froze the whole model, as ultralytics does when "
+            "it saves and opens a checkpoint. convpeft.set_active(model, name) lets an adapter train again"
+        )
+    return groups
+
+
+def grouped(adapted: AdaptedModel, lr: float, weight_decay: float, up_mult: float = 1.0) -> list[dict[str, Any]]:
+    """Return what ``param_groups`` does; nothing where nothing requires a gradient."""
     groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     seen: set[int] = set()
     for name in adapted.state.running:

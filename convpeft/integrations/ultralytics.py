@@ -1,22 +1,160 @@
-"""ultralytics: fuse the norms of a merged model into its convolutions, chains of a factored merge included.
+"""ultralytics: train adapters with ``YOLO.train``, run adapted models where ultralytics fuses, and fuse merged ones.
 
-ultralytics is licensed AGPL-3.0 and is never imported here: its blocks are known by their parts.
+ultralytics is licensed AGPL-3.0 and not imported with this module: only ``trainer`` does, when a training begins. Blocks to fuse
+are known by their parts.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import HostError
+from ..files.header import AdapterFile
+from ..files.loading import load_adapter as load_into
 from ..hosts.chains import carries_chains, chains_of
+from ..hosts.guards import has_adapters
 from ..hosts.modules import base_class
 from ..hosts.slots import slots_of
 from ..hosts.transactions import protect, unwatch
+from ..injection.switching import set_active as activate
+from ..merging.merge import merge
+from ..planning.spec import SpecLike, as_spec
 from .folding import fold, may_fold
+from .ultralytics_training import AdapterTrainer, base_trainer
+
+
+def trainer(spec: SpecLike, *, name: str = "default", base: Any = None, form: str = "auto") -> Callable[..., Any]:
+    """Return what ``YOLO.train(trainer=...)`` takes to train an adapter instead of the model.
+
+    The adapter is injected when ultralytics builds the model; the base stays frozen whatever ``freeze=`` says, and norms are
+    the spec's matter. The optimizer, its warm-up and its decay are ultralytics', with the adapter's parameters only, each
+    group at ``lr_mult`` times its rate. In the run's folder ``weights`` are then, beside the usual files:
+
+    * ``best.safetensors`` and ``last.safetensors``: the adapter, from the average (EMA), in the model's own precision;
+    * ``base.pt``: the base that these files belong to, for ``YOLO(...)`` and ``load_adapter``;
+    * ``best.pt`` and ``last.pt``: when the run is over, the merged model, which ultralytics validates, exports and predicts
+      with like any of its own. Before that they hold the adapted model, and ``resume=True`` goes on with its adapter.
+
+    Args:
+        spec: what ``convpeft.inject`` takes.
+        name: of the adapter.
+        base: a trainer class of ultralytics; a ``YOLO`` (``RTDETR`` ...), whose task decides; unset, the task and the model of
+            the training decide.
+        form: of the merge, see ``convpeft.plan_merge``. ``"single"`` leaves plain convolutions; ``"auto"`` may leave chains,
+            and then ``best.pt`` is fused and needs convpeft to load. Layers that cannot merge stay adapted, and unfused.
+
+    Raises:
+        SpecError: if the spec is not sound; when the training begins, if it does not fit the model.
+    """
+    wanted = as_spec(spec)
+
+    def class_for(overrides: dict[str, Any]) -> type:
+        own = base_trainer(base, overrides)
+        body = {"spec": wanted, "adapter_name": name, "form": form, "deployed": staticmethod(deployed)}
+        return type(f"Adapter{own.__name__}", (AdapterTrainer, own), body)
+
+    if base is not None:
+        return class_for({})
+
+    def make(*args: Any, overrides: Any = None, **kwargs: Any) -> Any:
+        return class_for(overrides or {})(*args, overrides=overrides, **kwargs)
+
+    return make
+
+
+def load_adapter(yolo: Any, path: str | Path, *, name: str | None = None, any_base: bool = False) -> AdapterFile:
+    """Load an adapter file into a ``YOLO`` (or its module) in place, make it active, and return what the file says.
+
+    ``val``, ``predict``, ``track``, ``export`` and ``benchmark`` of ultralytics work from then on, see ``serve``.
+
+    Raises:
+        AdapterFileError, BaseMismatch, StateError: as ``convpeft.load_adapter`` does.
+    """
+    found = load_into(_module(yolo), path, name=name, any_base=any_base)
+    serve(yolo)
+    return found
+
+
+def set_active(yolo: Any, names: str | Iterable[str] | None) -> None:
+    """Switch the adapters of a ``YOLO`` (or its module), in place; what it predicts next is made with them.
+
+    Raises:
+        UnknownAdapter, AdapterConflict, StateError: as ``convpeft.set_active`` does.
+    """
+    activate(_module(yolo), names)
+    serve(yolo)
+
+
+def serve(yolo: Any) -> Any:
+    """Let ultralytics run an adapted ``YOLO`` (or its module) where it wants to fuse, in place, and return it.
+
+    ``fuse()`` of the module returns a fused copy of the merged model from now on, and leaves the adapted one as it is. Layers
+    that cannot merge stay adapted in it, and then it is not fused. Call it again after adapters were switched
+    (``set_active`` here does): a predictor that ultralytics keeps has the copy from before.
+    """
+    module = _module(yolo)
+    module.__dict__["fuse"] = Served(module)
+    if yolo is not module:
+        yolo.predictor = None
+    return yolo
+
+
+class Served:
+    """Stands in for ``fuse`` of an adapted module: returns a copy to run, merged and fused where that is possible."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Return the copy; ultralytics' own arguments are about what it prints."""
+        with torch.inference_mode(False):
+            if not any(map(has_adapters, self.module.modules())):
+                return self.module
+            found = deployed(self.module, "auto")
+            return found if any(map(has_adapters, found.modules())) else fuse(found)
+
+
+def deployed(model: nn.Module, form: str = "auto") -> nn.Module:
+    """Return a copy of an adapted model without adapters, to run with ultralytics alone.
+
+    If it has chains, it is fused. Layers that cannot merge stay adapted, and ``fuse()`` returns the copy as it is.
+
+    Args:
+        model: an ultralytics module, with active adapters or none.
+        form: of the merge.
+    """
+    plain = copy.deepcopy(model)
+    plain.__dict__.pop("fuse", None)
+    if not any(map(has_adapters, plain.modules())):
+        return plain
+    plain = merge(plain, form=form, inplace=True, strict=False)
+    if any(map(has_adapters, plain.modules())):
+        plain.__dict__["fuse"] = Unfused(plain)
+        return plain
+    return fuse(plain) if any(map(carries_chains, plain.modules())) else plain
+
+
+class Unfused:
+    """Stands in for ``fuse`` of a module that keeps adapters: returns the module, unfused."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Return the module."""
+        return self.module
+
+
+def _module(yolo: Any) -> nn.Module:
+    """Return the module of a ``YOLO``; a module is returned itself."""
+    held = yolo._modules.get("model") if isinstance(yolo, nn.Module) else None
+    return held if held is not None and hasattr(type(yolo), "task_map") else yolo
 
 
 def fuse(model: nn.Module) -> nn.Module:

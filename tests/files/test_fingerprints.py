@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -23,12 +24,50 @@ def test_another_base_is_refused_with_exactly_the_layers_that_differ(original):
     assert assert_refused(original, r"\(norm\)", model, convpeft.BaseMismatch).layers == ("norm",)
 
 
-def test_a_base_that_only_differs_in_an_unfrozen_layer_or_a_dtype_is_another_base(original):
+def test_a_base_that_only_differs_in_an_unfrozen_layer_or_is_rounded_is_another_base(original):
     model = base()
     with torch.no_grad():
         model.head.bias.add_(1)
     assert assert_refused(original, "any_base=True takes", model, convpeft.BaseMismatch).layers == ("head",)
-    assert len(assert_refused(original, "6 of 6", base(torch.float64), convpeft.BaseMismatch).layers) == 6
+    for dtype in (torch.bfloat16, torch.float16):
+        assert assert_refused(original, "of 6 layers differ", base(dtype), convpeft.BaseMismatch).layers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_file_from_a_cast_of_a_base_loads_on_that_base(tmp_path, dtype):
+    path = convpeft.save_adapter(trained(base(dtype)), tmp_path / "cast.safetensors")
+    model = base()
+    convpeft.load_adapter(model, path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for key, tensor in load_file(path).items():
+        part, layer, name = key.split(":")
+        module = model.get_submodule(layer)
+        stored = module.convpeft["screw"].state_dict() if part == "adapter" else module.state_dict()
+        assert torch.equal(stored[name], tensor.float() if tensor.is_floating_point() else tensor), key
+    model(picture())
+    convpeft.eject(model)
+    assert same_bits(bits(model), bits(base()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_file_from_a_cast_of_another_base_does_not(tmp_path, dtype):
+    path = convpeft.save_adapter(trained(base(dtype)), tmp_path / "cast.safetensors")
+    model = base()
+    with torch.no_grad():
+        model.stem.weight.view(-1)[0].add_(0.1)
+    assert assert_refused(path, "1 of 6 layers differ", model, convpeft.BaseMismatch).layers == ("stem",)
+    mixed = base()
+    mixed.head.weight.data = (
+        mixed.head.weight.data.to(torch.float16).float() if dtype != torch.float16 else mixed.head.weight.data + 1e-2
+    )
+    assert assert_refused(path, r"\(head\)", mixed, convpeft.BaseMismatch).layers == ("head",)
+
+
+def test_a_file_loads_on_a_wider_cast_of_its_base(original):
+    model = base(torch.float64)
+    convpeft.load_adapter(model, original)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert torch.equal(model.head.weight, load_file(original)["own:head:weight"].double())
 
 
 def test_how_often_a_norm_was_updated_is_no_difference(original):

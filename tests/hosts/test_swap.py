@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections import OrderedDict
 
@@ -270,3 +271,25 @@ def test_an_own_constructor_is_never_called():
     loaded = torch.load(buffer, weights_only=False)
     assert isinstance(loaded.layer, OwnConstructorConv)
     assert type(convpeft.eject(loaded).layer) is OwnConstructorConv
+
+
+def test_a_model_can_be_asked_for_the_inputs_it_takes():
+    """Trainers drop the columns of a data set that ``forward`` does not name."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def train(self, mode: bool = True) -> nn.Module:  # such a model is swapped, too
+            return super().train(mode)
+
+        def forward(self, images, labels=None):
+            return self.conv(images)
+
+    model = Named()
+    convpeft.inject(model, {"rules": [{"match": "conv", "kind": "lora"}]})
+    assert type(model) is not Named
+    for forward in (model.forward, type(model).forward):
+        assert [name for name in inspect.signature(forward).parameters if name != "self"] == ["images", "labels"]
+    assert torch.equal(model(images=torch.ones(1, 3, 2, 2)), model(torch.ones(1, 3, 2, 2), None))

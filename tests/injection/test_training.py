@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import convpeft
+from convpeft import StateError
 from tests.detector import LORA, detector, images, scrambled
 from tests.shift import Shift
 
@@ -113,6 +114,15 @@ class TestParamGroups:
         assert len(moved) > 10
         assert "score.weight" in moved
         assert not [name for name in moved if "_stash" in name or ".b." in name]
+
+    def test_no_groups_are_not_given_where_somebody_froze_the_adapter(self):
+        model = adapted().requires_grad_(False)
+        with pytest.raises(StateError, match=r"nothing of the active adapters \(b\) requires a gradient.*set_active"):
+            convpeft.param_groups(model, lr=0.1)
+        with convpeft.using(model, "a"):
+            assert convpeft.param_groups(model, lr=0.1) == []
+        convpeft.set_active(model, "b")
+        assert convpeft.param_groups(model, lr=0.1)
 
     def test_a_rate_of_0_is_0(self):
         model = detector()

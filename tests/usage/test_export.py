@@ -105,6 +105,32 @@ def test_onnx_of_a_merged_model_has_the_bases_operators(kind, match, place, dyna
         torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "match", "place"),
+    [
+        ("mona", "neck", "output"),
+        ("hierarchical", "neck", "output"),
+        ("bottleneck", "neck", "output"),
+        ("moe_rep_mona", "neck", "output"),
+        ("moe_rep_mona", "body.1.conv", "parallel"),
+        ("conv_lora", "body.1.conv", "parallel"),
+    ],
+)
+def test_adapters_that_cannot_merge_run_in_onnxruntime_after_the_older_exporter(kind, match, place, tmp_path):
+    """``dynamo=False`` is what ultralytics exports with; ``body.1`` has groups."""
+    model, x = detector().float(), images().float()
+    convpeft.inject(model, {"rules": [{"match": match, "kind": kind, "place": place}]})
+    with torch.no_grad():
+        for group in convpeft.param_groups(model, lr=1.0):
+            for parameter in group["params"]:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    _, output = onnx_run(model, tmp_path / "adapted.onnx", x, dynamo=False)
+    with torch.no_grad():
+        torch.testing.assert_close(output, model(x), rtol=1e-5, atol=1e-6)
+        with convpeft.disabled(model):
+            assert not torch.allclose(output, model(x), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @each_spec
 def test_checkpointing_gives_the_same_outputs_and_gradients(name, reentrant):
