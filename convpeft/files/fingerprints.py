@@ -16,7 +16,7 @@ from ..hosts.unfrozen import tensors_of
 
 ALGORITHM = "blake2b-128"
 
-_COUNTERS = ("num_batches_tracked",)  # how often a norm was updated changes no output
+COUNTERS = ("num_batches_tracked",)  # how often a norm was updated changes no output
 
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -44,7 +44,7 @@ def fingerprint(root: nn.Module) -> dict[str, str]:
     """
     counted: dict[str, list[tuple[str, Tensor]]] = {}
     for name, module in unique_modules(root):
-        own = [(key, tensor) for key, tensor in tensors_of(module, BASE).items() if key not in _COUNTERS]
+        own = [(key, tensor) for key, tensor in tensors_of(module, BASE).items() if key not in COUNTERS]
         if own:
             counted[name] = own
     if not all(_is_at_hand(tensor) for own in counted.values() for _, tensor in own):

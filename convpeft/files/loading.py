@@ -29,7 +29,7 @@ from ..injection.install import Built, build, check_name, install
 from ..planning.bypasses import bypassed
 from ..planning.plan import PlannedLayer
 from ..planning.sites import Sites, Wanted, half_shared, lazy_modules
-from .dtypes import mixed_dtypes, norms_of
+from .dtypes import fitted, mixed_dtypes, norms_of
 from .fingerprints import differing, digest
 from .header import ADAPTER, OWN, STATE, AdapterFile, described, tensor_key
 from .reading import DTYPES, OpenFile, opened
@@ -77,7 +77,7 @@ def load_adapter(
         if not any_base:
             _check_base(root, file, path)
         _check_tensors(modules, sites, file, path)
-        tensors = _read(source, file)
+        tensors = read_tensors(source, file)
         _check_dtypes(modules, sites, file, path)
     built = _built(modules, sites.layers, file, tensors, path, keep_dtype=not any_base, dtype=wanted)
     install(root, name, AdapterRecord(file.spec, file.layers, file.owned, file.norm), built, lean=lean)
@@ -115,7 +115,7 @@ def _wanted(modules: Mapping[str, nn.Module], file: AdapterFile, problems: list[
         geometry = ConvGeometry.from_dict(record.geometry)
         place: Any = record.place
         if options is not None and adapter_class(record.kind).tries_itself:
-            unlike = _unlike_its_tensors(file, name, Site(place, geometry), options)
+            unlike = unlike_its_tensors(file, name, Site(place, geometry), options)
             if unlike is not None:
                 found, options = [OptionError(unlike)], None
         problems += [f"{name}: {problem}" for problem in found]
@@ -124,7 +124,7 @@ def _wanted(modules: Mapping[str, nn.Module], file: AdapterFile, problems: list[
             yield Wanted(name, module, "", record.kind, place, options, *numbers, None, geometry)
 
 
-def _unlike_its_tensors(file: AdapterFile, name: str, site: Site, options: AdapterOptions) -> str | None:
+def unlike_its_tensors(file: AdapterFile, name: str, site: Site, options: AdapterOptions) -> str | None:
     """Return how the tensors of a file differ from those of the adapter it asks for, by their shapes, or None.
 
     For kinds that try themselves: what they would try is as large as what the file brings, or is not tried.
@@ -249,12 +249,10 @@ def _built(
     """
 
     def saved(key: str, old: Tensor, keep: bool = keep_dtype) -> Tensor:
-        own = tensors[key].dtype
-        wider = own.is_floating_point and torch.promote_types(own, old.dtype) == old.dtype
-        made = tensors[key].to(old.device, own if keep and not wider else old.dtype, copy=True)
-        if made.dtype != tensors[key].dtype and not torch.equal(made.isfinite().cpu(), tensors[key].isfinite()):
-            raise AdapterFileError(f"{path}: {key} overflows {made.dtype}; the model is unchanged")
-        return made
+        try:
+            return fitted(tensors[key], old.dtype, keep).to(old.device)
+        except AdapterFileError as error:
+            raise AdapterFileError(f"{path}: {key} {error}; the model is unchanged") from None
 
     with torch.random.fork_rng(devices=[]):
         built = build(modules, layers, file.owned, lambda name, key, old: saved(tensor_key(OWN, name, key), old), dtype)
@@ -266,7 +264,12 @@ def _built(
     return built
 
 
-def _read(source: OpenFile, file: AdapterFile) -> dict[str, Tensor]:
+def read_tensors(source: OpenFile, file: AdapterFile) -> dict[str, Tensor]:
+    """Return the tensors of an open file.
+
+    Raises:
+        AdapterFileError: if they are not those that were saved.
+    """
     tensors = source.read()
     if digest(tensors.items()) != file.content:
         raise AdapterFileError(

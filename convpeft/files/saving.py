@@ -19,7 +19,8 @@ from ..hosts.modules import unique_modules
 from ..hosts.unfrozen import check_tensors_present
 from ..injection.switching import note_training
 from .fingerprints import ALGORITHM, digest, fingerprint, parts, plain
-from .header import ADAPTER, FORMAT, METADATA, OWN, STATE, VERSION, seal, tensor_key
+from .header import ADAPTER, FORMAT, METADATA, OWN, STATE, VERSION, modules_of, seal, tensor_key
+from .host_notes import notes_of
 from .writing import write
 
 
@@ -55,6 +56,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
         "name": name,
         "spec": record.spec,
         "layers": {key: asdict(layer) for key, layer in record.layers.items()},
+        "hosts": notes_of(adapted, name, modules_of(tensors, OWN, STATE)),
         "owned": record.owned,
         "norm": record.norm,
         "base": _base(adapted.root),
