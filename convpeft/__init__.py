@@ -7,6 +7,7 @@ from .errors import (
     AdapterConflict, AdapterFileError, BaseMismatch, ConvPeftError, GeometryError, HostError, MergeError, NotMergeable,
     OptionError, PatternError, RegistrationError, ShapeMismatch, SpecError, StateError, UnknownAdapter, UnknownKind,
 )  # fmt: skip
+from .files.combining import Combination, combine
 from .files.file_merge import FileMerge, merge_files
 from .files.header import inspect_adapter
 from .files.loading import load_adapter
@@ -27,10 +28,10 @@ from .planning.spec import Spec
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaptedModel", "Adapter", "AdapterConflict", "AdapterFileError", "AdapterOptions", "BaseMismatch", "ConvGeometry",
+    "AdaptedModel", "Adapter", "AdapterConflict", "AdapterFileError", "AdapterOptions", "BaseMismatch", "Combination", "ConvGeometry",
     "ConvPeftError", "FileMerge", "GeometryError", "HostError", "MergeError", "MergePlan", "NotMergeable", "OptionError", "PatternError",
     "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site", "Spec", "SpecError", "StateError", "Unfreeze",
-    "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds", "auxiliary_loss", "check", "disabled", "eject",
+    "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds", "auxiliary_loss", "check", "combine", "disabled", "eject",
     "inject", "inspect_adapter", "load_adapter", "merge", "merge_files", "param_groups", "plan", "plan_merge", "register_adapter", "route",
     "save_adapter", "set_active", "summary", "using",
 ]  # fmt: skip

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..adapters.registry import adapter_class
 from ..convolution.geometry import ConvGeometry
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, UnknownKind
+from .header import AdapterFile
 from .stored import StoredAdapter
 
 WITH_MODEL = "merge with the model in hand: convpeft.merge(model)"
@@ -88,3 +90,26 @@ def _layer(name: str, here: Sequence[StoredAdapter], notes: Sequence[Mapping[str
     others: list[str] = next((note["names"] for note in notes if "names" in note), [])
     reader = next((note["reader"] for note in notes if "reader" in note), None)
     return StoredLayer(name, target, geometry, (target, *others), tuple(here), reader)
+
+
+def merge_outlook(file: AdapterFile) -> dict[str, str | None]:
+    """Return, for each layer of an adapter file, why it has no merged form for ``merge_files``, as far as the header tells.
+
+    None stands for a layer that merges, if its kernel need not become larger.
+    """
+    found: dict[str, str | None] = {}
+    for name, record in file.layers.items():
+        note = (file.hosts or {}).get(name, {})
+        found[name] = _kind_refusal(record.kind)
+        if found[name] is None and "class" in note:
+            found[name] = f"only with the model: it is a {note['class']}"
+        elif found[name] is None and "reader" in note:
+            found[name] = f"only with the model: its weight may be read elsewhere ({note['reader']})"
+    return found
+
+
+def _kind_refusal(kind: str) -> str | None:
+    try:
+        return adapter_class(kind).merge_refusal
+    except UnknownKind as error:
+        return str(error)

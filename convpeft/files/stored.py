@@ -85,8 +85,14 @@ class StoredAdapter:
 
 
 @contextmanager
-def stored_adapters(paths: Sequence[Path], coefficients: Sequence[float]) -> Iterator[list[StoredAdapter]]:
+def stored_adapters(
+    paths: Sequence[Path], coefficients: Sequence[float], *, apart: bool = False
+) -> Iterator[list[StoredAdapter]]:
     """Give the adapters of files inside the context.
+
+    Args:
+        paths, coefficients: of the files.
+        apart: they need not be able to be active together.
 
     Raises:
         AdapterFileError: if one is damaged.
@@ -98,7 +104,8 @@ def stored_adapters(paths: Sequence[Path], coefficients: Sequence[float]) -> Ite
         for path, source, coefficient in zip(paths, sources, coefficients, strict=True):
             file = described(source)
             found.append(StoredAdapter(path, file, read_tensors(source, file), coefficient))
-        _check_owners(found)
+        if not apart:
+            _check_owners(found)
         yield found
 
 

@@ -1,6 +1,7 @@
 """ultralytics: fuse the norms of a merged model into its convolutions, chains of a factored merge included.
 
-ultralytics is licensed AGPL-3.0 and is never imported here: its blocks are known by their parts.
+ultralytics is licensed AGPL-3.0. ``fuse`` does not import it: its blocks are known by their parts. ``from_config`` does, when
+it is called.
 """
 
 from __future__ import annotations
@@ -11,12 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import HostError
+from ..errors import HostError, OptionError
 from ..hosts.chains import carries_chains, chains_of
 from ..hosts.modules import base_class
 from ..hosts.slots import slots_of
 from ..hosts.transactions import protect, unwatch
 from .folding import fold, may_fold
+
+
+def from_config(config: str, **arguments: Any) -> nn.Module:
+    """Return a model of ultralytics built from one of its configurations, without weights; this imports ultralytics.
+
+    Args:
+        config: ``yolov8n.yaml`` or another; a file of weights is refused, since ultralytics would unpickle or download it.
+        arguments: of ultralytics' ``YOLO``.
+
+    Raises:
+        OptionError: if it is no configuration.
+    """
+    if not config.endswith((".yaml", ".yml")):
+        raise OptionError(
+            f"{config!r} is no configuration of ultralytics: give one that ends in .yaml, such as yolov8n.yaml"
+        )
+    from ultralytics import YOLO
+
+    model: Any = YOLO(config, **arguments).model
+    return model  # type: ignore[no-any-return]
 
 
 def fuse(model: nn.Module) -> nn.Module:
