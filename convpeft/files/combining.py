@@ -88,8 +88,8 @@ def combine(
 ) -> Combination:
     """Write one adapter file of kind ``lora`` for the weighted sum of several adapters of one base, and return how exact it is.
 
-    Every layer's update is taken as the kernel that it adds. ``linear`` adds them up and loses nothing: its rank is the sum of
-    the ranks. ``svd`` keeps the largest ``rank`` singular values of that sum, which no other update of that rank comes nearer to
+    Every layer's update is taken as the kernel that it adds. ``linear`` adds them up and loses nothing: its rank is that of
+    the sum, at most the sum of the ranks. ``svd`` keeps the largest ``rank`` singular values of that sum, which no other update of that rank comes nearer to
     (Eckart and Young). ``ties`` keeps the largest entries of each update, lets each place elect a sign, and takes the weighted
     mean of those that agree; ``dare`` leaves entries out at random and scales the others up; both then go the way of ``svd``.
     Groups are taken one by one.
@@ -151,7 +151,7 @@ def _checked(
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
             raise OptionError(f"a weight is {shown(factor)}, not a finite number")
     if method == "linear" and rank is not None:
-        raise OptionError("linear keeps everything, so its rank is the sum of the ranks; method='svd' takes a rank")
+        raise OptionError("linear keeps everything, so its rank is that of the sum; method='svd' takes a rank")
     if method != "linear" and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise OptionError(f"method {method!r} needs a rank of at least 1, not {shown(rank)}")
     if method in ("ties", "dare") and not 0 < density <= 1:
