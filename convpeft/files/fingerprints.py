@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ COUNTERS = ("num_batches_tracked",)  # how often a norm was updated changes no o
 
 _THREADS = min(8, os.cpu_count() or 1)
 _SMALL = 2**14  # bytes of a module: hashing as much takes no longer than finding out whether it changed
-_COLUMNS = 256  # words of a block that one sum is of
+_COLUMNS = 64  # words of a block that one sum is of
 
 
 class _Known(NamedTuple):
@@ -59,15 +60,34 @@ def fingerprint(root: nn.Module) -> dict[str, str]:
 
     The base's own values count, also where an adapter shows its own at the moment; counters of norm updates do not.
     """
+    with hashing(root) as found:
+        return found()
+
+
+@contextmanager
+def hashing(root: nn.Module) -> Iterator[Callable[[], dict[str, str]]]:
+    """Hash a base in other threads while the context's block runs, and give a function that waits for its ``fingerprint``."""
     counted: dict[str, tuple[nn.Module, list[tuple[str, Tensor]]]] = {}
     for name, module in unique_modules(root):
         own = [(key, tensor) for key, tensor in tensors_of(module, BASE).items() if key not in COUNTERS]
         if own:
             counted[name] = module, own
     if not all(_is_at_hand(tensor) for _, own in counted.values() for _, tensor in own):
-        return {name: digest(own) for name, (_, own) in counted.items()}  # one after the other: gathered or fetched
-    with ThreadPoolExecutor(_THREADS) as pool:  # hashing lets go of Python's lock
-        return dict(zip(counted, pool.map(_remembered, counted.values()), strict=True))
+        whole = {name: digest(own) for name, (_, own) in counted.items()}  # one after the other: gathered or fetched
+        yield lambda: whole
+        return
+    pool = ThreadPoolExecutor(_THREADS)  # hashing lets go of Python's lock
+    try:
+        large = {name: pool.submit(_remembered, entry) for name, entry in counted.items() if _size(entry[1]) > _SMALL}
+        yield lambda: {
+            name: large[name].result() if name in large else digest(own) for name, (_, own) in counted.items()
+        }
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _size(own: Sequence[tuple[str, Tensor]]) -> int:
+    return sum(tensor.nbytes for _, tensor in own)
 
 
 def _remembered(entry: tuple[nn.Module, list[tuple[str, Tensor]]]) -> str:
@@ -78,7 +98,7 @@ def _remembered(entry: tuple[nn.Module, list[tuple[str, Tensor]]]) -> str:
     """
     module, own = entry
     tensors = [tensor for _, tensor in own]
-    if sum(tensor.nbytes for tensor in tensors) <= _SMALL or any(tensor.is_inference() for tensor in tensors):
+    if any(tensor.is_inference() for tensor in tensors):
         return digest(own)
     names = tuple(name for name, _ in own)
     versions = tuple(tensor._version for tensor in tensors)
@@ -96,14 +116,14 @@ def _remembered(entry: tuple[nn.Module, list[tuple[str, Tensor]]]) -> str:
 
 @torch.no_grad()
 def _content_sum(tensor: Tensor) -> int:
-    """Return a number that any change of a tensor's bytes changes, but for one that keeps the sum of each row and column."""
+    """Return a number that a change of a tensor's bytes changes, unless it keeps the sum of each block of 512 bytes."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     flat = flat.clone() if flat.storage_offset() % 8 else flat
     count = flat.numel() // (8 * _COLUMNS)
     whole = count * 8 * _COLUMNS
     rows = flat[:whole].view(torch.int64).view(count, _COLUMNS)
-    columns = rows.sum(0).numpy().tobytes(), rows.sum(1).numpy().tobytes()
-    return hash((tensor.dtype, tuple(tensor.shape), *columns, flat[whole:].numpy().tobytes()))
+    rest = rows.sum(1).numpy().tobytes(), flat[whole:].numpy().tobytes()
+    return hash((tensor.dtype, tuple(tensor.shape), *rest))
 
 
 def parts(root: nn.Module) -> dict[str, dict[str, str]]:
@@ -127,16 +147,19 @@ def _parts(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {"": digest(own) if own else "", **{key: digest([(key, tensor)]) for key, tensor in buffers.items()}}
 
 
-def differing(root: nn.Module, layers: dict[str, str], parts_there: dict[str, dict[str, str]]) -> tuple[list[str], int]:
+def differing(
+    root: nn.Module, here: dict[str, str], layers: dict[str, str], parts_there: dict[str, dict[str, str]]
+) -> tuple[list[str], int]:
     """Return the names of the base's layers that are not those a file was made on, and how many layers there are here.
 
     A buffer that only one of the two has is no difference: the module made it when it ran.
 
     Args:
         root: of the model here.
+        here: its ``fingerprint``.
         layers, parts_there: digests in the file.
     """
-    here, modules = fingerprint(root), dict(unique_modules(root))
+    modules = dict(unique_modules(root))
     suspects = [key for key in {**layers, **here} if layers.get(key) != here.get(key)]
     found = []
     for key in suspects:

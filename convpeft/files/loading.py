@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ..planning.bypasses import bypassed
 from ..planning.plan import PlannedLayer
 from ..planning.sites import Sites, Wanted, half_shared, lazy_modules
 from .dtypes import fitted, mixed_dtypes, norms_of
-from .fingerprints import differing, digest
+from .fingerprints import differing, digest, hashing
 from .header import ADAPTER, OWN, STATE, AdapterFile, described, tensor_key
 from .reading import DTYPES, OpenFile, opened
 
@@ -73,12 +74,18 @@ def load_adapter(
         name = file.name if name is None else name
         check_name(root, name)
         modules = dict(base_modules(root))
-        sites = _sites(root, modules, file, path, trusting=not any_base)
-        if not any_base:
-            _check_base(root, file, path)
-        _check_tensors(modules, sites, file, path)
-        tensors = read_tensors(source, file)
-        _check_dtypes(modules, sites, file, path)
+        with nullcontext(dict) if any_base else hashing(root) as base:  # in other threads, while this one checks
+            sites = _sites(root, modules, file, path, trusting=not any_base)
+            try:
+                _check_tensors(modules, sites, file, path)
+                tensors = read_tensors(source, file)
+                _check_dtypes(modules, sites, file, path)
+            except AdapterFileError:
+                if not any_base:
+                    _check_base(root, base(), file, path)  # another base says more than what follows from it
+                raise
+            if not any_base:
+                _check_base(root, base(), file, path)
     built = _built(modules, sites.layers, file, tensors, path, keep_dtype=not any_base, dtype=wanted)
     install(root, name, AdapterRecord(file.spec, file.layers, file.owned, file.norm), built, lean=lean)
     return file
@@ -152,8 +159,8 @@ def _doubles(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator
             yield f"{name}: the same module as {first[id(modules[name])]} here, and another one in the file"
 
 
-def _check_base(root: nn.Module, file: AdapterFile, path: Path) -> None:
-    differ, count = differing(root, file.base, file.parts)
+def _check_base(root: nn.Module, here: dict[str, str], file: AdapterFile, path: Path) -> None:
+    differ, count = differing(root, here, file.base, file.parts)
     if differ:
         raise BaseMismatch(
             f"{path} was made on another base: {len(differ)} of {count} layers differ ({shortened(differ)}); the model is "

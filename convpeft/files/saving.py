@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
     said = {
         "name": name,
         "spec": record.spec,
-        "layers": {key: asdict(layer) for key, layer in record.layers.items()},
+        "layers": {key: {**vars(layer)} for key, layer in record.layers.items()},
         "owned": record.owned,
         "norm": record.norm,
     }

@@ -372,12 +372,15 @@ def test_what_fails_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
 
 PEAK = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 import convpeft
+def kilobytes(what):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
 base, adapter, out = sys.argv[1:]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = kilobytes("VmRSS:")
 convpeft.merge_files(base, adapter, out)
-print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+print(json.dumps([before, kilobytes("VmHWM:")]))
 """
 
 
@@ -392,6 +395,8 @@ def measured(tmp_path, blocks: int, width: int) -> tuple[int, int]:
     base = base_file(big, tmp_path / "base.safetensors")
     path = saved(big, tmp_path, "a", {"rules": [{"match": "*", "kind": "lora", "rank": 2}]})
     del big
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak of a process's memory is read from /proc")
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", PEAK, base, path, tmp_path / "out.safetensors"]
     done = subprocess.run(

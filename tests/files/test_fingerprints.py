@@ -111,7 +111,8 @@ def _changes():
 
     def swap(weight):  # keeps every sum over all of it
         values = weight.data.view(-1)
-        values[0], values[-1] = values[-1].clone(), values[0].clone()
+        first = values[:2].clone()
+        values[:2], values[6000:6002] = values[6000:6002].clone(), first
 
     yield "in place", lambda layer: layer.weight.detach().mul_(2)
     yield "data", lambda layer: layer.weight.data.add_(1e-6)
