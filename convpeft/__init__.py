@@ -7,6 +7,8 @@ from .errors import (
     AdapterConflict, AdapterFileError, BaseMismatch, ConvPeftError, GeometryError, HostError, MergeError, NotMergeable,
     OptionError, PatternError, RegistrationError, ShapeMismatch, SpecError, StateError, UnknownAdapter, UnknownKind,
 )  # fmt: skip
+from .files.combining import Combination, combine
+from .files.file_merge import FileMerge, merge_files
 from .files.header import inspect_adapter
 from .files.hub import from_pretrained, push_to_hub, save_pretrained
 from .files.loading import load_adapter
@@ -37,12 +39,13 @@ from .planning.spec import Spec
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaptedModel", "Adapter", "AdapterConflict", "AdapterFileError", "AdapterOptions", "BaseMismatch", "ConvGeometry",
-    "ConvPeftError", "ExtractedLayer", "Extraction", "GeometryError", "HostError", "MergeError", "MergePlan",
-    "NotMergeable", "OptionError", "PatternError", "Plan", "RegistrationError", "Rule", "ShapeMismatch", "Site",
-    "Spec", "SpecError", "StateError", "Suggestion", "Unfreeze", "UnknownAdapter", "UnknownKind", "active_adapters",
-    "adapter_kinds", "audit", "auxiliary_loss", "calibrate", "check", "disabled", "eject", "extract",
-    "from_lycoris", "from_peft", "from_pretrained", "initialise", "inject", "inspect_adapter", "load_adapter",
-    "merge", "param_groups", "plan", "plan_merge", "push_to_hub", "register_adapter", "route", "save_adapter",
-    "save_pretrained", "set_active", "set_progress", "suggest", "summary", "to_lycoris", "to_peft", "using",
+    "AdaptedModel", "Adapter", "AdapterConflict", "AdapterFileError", "AdapterOptions", "BaseMismatch",
+    "Combination", "ConvGeometry", "ConvPeftError", "ExtractedLayer", "Extraction", "FileMerge", "GeometryError",
+    "HostError", "MergeError", "MergePlan", "NotMergeable", "OptionError", "PatternError", "Plan",
+    "RegistrationError", "Rule", "ShapeMismatch", "Site", "Spec", "SpecError", "StateError", "Suggestion",
+    "Unfreeze", "UnknownAdapter", "UnknownKind", "active_adapters", "adapter_kinds", "audit", "auxiliary_loss",
+    "calibrate", "check", "combine", "disabled", "eject", "extract", "from_lycoris", "from_peft", "from_pretrained",
+    "initialise", "inject", "inspect_adapter", "load_adapter", "merge", "merge_files", "param_groups", "plan",
+    "plan_merge", "push_to_hub", "register_adapter", "route", "save_adapter", "save_pretrained", "set_active",
+    "set_progress", "suggest", "summary", "to_lycoris", "to_peft", "using",
 ]  # fmt: skip

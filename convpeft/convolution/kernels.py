@@ -115,7 +115,7 @@ def embed_on_grid(kernel: Tensor, host_size: Pair, size: Pair) -> Tensor:
         pads += [before, large - small - before]
     if min(pads) < 0 or (size[0] - host_size[0]) % 2 or (size[1] - host_size[1]) % 2:
         raise ShapeMismatch(f"a {tuple(kernel.shape[2:])} kernel on a {host_size} host does not fit into {size}")
-    return F.pad(kernel, pads)
+    return F.pad(kernel, pads) if any(pads) else kernel
 
 
 def compose(chain: Chain) -> ConvKernel:
@@ -149,6 +149,22 @@ def _compose_pair(first: ConvKernel, second: ConvKernel) -> ConvKernel:
         channels = first.geometry.in_channels, second.geometry.out_channels, first.geometry.groups
         return ConvKernel(weight, second.bias, second.geometry.with_channels(*channels))
     raise GeometryError(f"no exact composition of {first.geometry} followed by {second.geometry}")
+
+
+def times(chain: Chain, factor: float) -> Chain:
+    """Return a chain whose result is ``factor`` times that of ``chain``; for 1 the very same chain.
+
+    Example:
+        >>> import torch
+        >>> step = ConvKernel(torch.ones(2, 3, 1, 1), torch.ones(2), ConvGeometry(3, 2))
+        >>> times((step,), 0.5)[0].bias.tolist()
+        [0.5, 0.5]
+    """
+    if factor == 1:
+        return chain
+    *steps, last = chain
+    bias = None if last.bias is None else last.bias * factor
+    return (*steps, replace(last, weight=last.weight * factor, bias=bias))
 
 
 def balanced(chain: Chain) -> Chain:

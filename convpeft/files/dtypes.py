@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..adapters.base import Adapter
-from ..errors import brief
+from ..errors import AdapterFileError, brief
 from .header import ADAPTER, tensor_key
 from .reading import DTYPES, Entry
 
@@ -25,6 +25,30 @@ def norms_of(adapter: Adapter, layer: str) -> dict[str, str]:
         if isinstance(module, _NORMS)
         for key in module.state_dict()
     }
+
+
+def fitted(tensor: Tensor, old: torch.dtype, keep: bool) -> Tensor:
+    """Return a copy of a file's tensor in the dtype that it has in a model: its own, or that of what it stands for there.
+
+    Args:
+        tensor: of the file.
+        old: dtype of the tensor that it stands for.
+        keep: its own, unless ``old`` holds all of its numbers and more.
+
+    Raises:
+        AdapterFileError: if a number overflows; without the names of file and tensor.
+    """
+    own = tensor.dtype
+    made = tensor.to(fitted_dtype(own, old, keep), copy=True)
+    if made.dtype != own and not torch.equal(made.isfinite(), tensor.isfinite()):
+        raise AdapterFileError(f"overflows {made.dtype}")
+    return made
+
+
+def fitted_dtype(own: torch.dtype, old: torch.dtype, keep: bool) -> torch.dtype:
+    """Return the dtype of ``fitted``."""
+    wider = own.is_floating_point and torch.promote_types(own, old) == old
+    return own if keep and not wider else old
 
 
 def mixed_dtypes(here: Mapping[str, Tensor], there: Mapping[str, Entry], norms: Mapping[str, str]) -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..planning.parsing import strict_json
 from ..planning.rules import RULE_KEYS, is_output, is_rate
 from ..planning.spec import NORMS, Spec
 from .fingerprints import ALGORITHM
+from .host_notes import Note, note_problems
 from .reading import Entry, OpenFile, opened, shapes_by_layer
 
 FORMAT, VERSION = "convpeft", 1
@@ -45,6 +46,8 @@ class AdapterFile:
         parts: of layers with buffers, the digests of these and of the parameters, see ``fingerprints.parts``.
         tensors: shape and dtype by key.
         content: digest of all tensors.
+        hosts: notes on layers that are more than plain layers to a merge, see ``host_notes.notes_of``; None in files of
+            earlier versions.
     """
 
     name: str
@@ -56,6 +59,7 @@ class AdapterFile:
     parts: dict[str, dict[str, str]]
     tensors: dict[str, Entry]
     content: str
+    hosts: dict[str, Note] | None = None
 
 
 def tensor_key(part: str, module: str, tensor: str) -> str:
@@ -67,6 +71,12 @@ def tensor_key(part: str, module: str, tensor: str) -> str:
         tensor: name of the tensor in the adapter or module.
     """
     return f"{part}:{module}:{tensor}"
+
+
+def modules_of(tensors: Iterable[str], *parts: str) -> list[str]:
+    """Return the modules that tensors of these parts are of, from the keys in a file, each once."""
+    split = [key.split(":", 1) for key in tensors]
+    return list(dict.fromkeys(rest.rpartition(":")[0] for part, rest in split if part in parts))
 
 
 def seal(metadata: dict[str, Any]) -> str:
@@ -107,7 +117,8 @@ def parse(data: Any, tensors: dict[str, Entry], path: Path) -> AdapterFile:
     except SpecError as error:
         raise AdapterFileError(f"{path}: its spec is not sound: {error}") from error
     base = data["base"]["layers"], data["base"].get("parts", {})
-    return AdapterFile(data["name"], data["spec"], layers, owned, data["norm"], *base, tensors, data["content"])
+    said = data["name"], data["spec"], layers, owned, data["norm"]
+    return AdapterFile(*said, *base, tensors, data["content"], data.get("hosts"))
 
 
 def _problems(data: dict[str, Any], tensors: Mapping[str, Entry]) -> Iterator[str]:
@@ -136,6 +147,8 @@ def _problems(data: dict[str, Any], tensors: Mapping[str, Entry]) -> Iterator[st
     for key, layer in layers.items():
         for problem in _layer_problems(layer, shapes.get(key, []), max(elements, MOST)):
             yield f"layer {brief(key)}: {problem}"
+    if "hosts" in data:
+        yield from note_problems(data["hosts"], _geometry_problems)
     rules = data["spec"].get("rules") if isinstance(data["spec"], dict) else None
     for rule in rules if isinstance(rules, list) else ():
         if isinstance(rule, dict) and isinstance(rule.get("kind"), str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from ..injection.install import Built, build, check_name, install
 from ..planning.bypasses import bypassed
 from ..planning.plan import PlannedLayer
 from ..planning.sites import Sites, Wanted, half_shared, lazy_modules
-from .dtypes import mixed_dtypes, norms_of
-from .fingerprints import differing, digest
+from .dtypes import fitted, mixed_dtypes, norms_of
+from .fingerprints import differing, digest, hashing
 from .header import ADAPTER, OWN, STATE, AdapterFile, described, tensor_key
 from .reading import DTYPES, OpenFile, opened
 
@@ -74,11 +75,17 @@ def load_adapter(
         name = file.name if name is None else name
         check_name(root, name)
         modules = dict(base_modules(root))
-        sites = _sites(root, modules, file, path, trusting=not any_base)
-        same_dtype = not any_base and _check_base(root, file, path)
-        _check_tensors(modules, sites, file, path)
-        tensors = _read(source, file)
-        _check_dtypes(modules, sites, file, path)
+        with nullcontext(dict) if any_base else hashing(root) as base:  # in other threads, while this one checks
+            sites = _sites(root, modules, file, path, trusting=not any_base)
+            try:
+                _check_tensors(modules, sites, file, path)
+                tensors = read_tensors(source, file)
+                _check_dtypes(modules, sites, file, path)
+            except AdapterFileError:
+                if not any_base:
+                    _check_base(root, base(), file, path)  # another base says more than what follows from it
+                raise
+            same_dtype = not any_base and _check_base(root, base(), file, path)
     built = _built(modules, sites.layers, file, tensors, path, keep_dtype=same_dtype, dtype=wanted)
     install(root, name, AdapterRecord(file.spec, file.layers, file.owned, file.norm), built, lean=lean)
     return file
@@ -115,7 +122,7 @@ def _wanted(modules: Mapping[str, nn.Module], file: AdapterFile, problems: list[
         geometry = ConvGeometry.from_dict(record.geometry)
         place: Any = record.place
         if options is not None and adapter_class(record.kind).tries_itself:
-            unlike = _unlike_its_tensors(file, name, Site(place, geometry), options)
+            unlike = unlike_its_tensors(file, name, Site(place, geometry), options)
             if unlike is not None:
                 found, options = [OptionError(unlike)], None
         problems += [f"{name}: {problem}" for problem in found]
@@ -124,7 +131,7 @@ def _wanted(modules: Mapping[str, nn.Module], file: AdapterFile, problems: list[
             yield Wanted(name, module, "", record.kind, place, options, *numbers, None, geometry, record.up_mult)
 
 
-def _unlike_its_tensors(file: AdapterFile, name: str, site: Site, options: AdapterOptions) -> str | None:
+def unlike_its_tensors(file: AdapterFile, name: str, site: Site, options: AdapterOptions) -> str | None:
     """Return how the tensors of a file differ from those of the adapter it asks for, by their shapes, or None.
 
     For kinds that try themselves: what they would try is as large as what the file brings, or is not tried.
@@ -152,9 +159,9 @@ def _doubles(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator
             yield f"{name}: the same module as {first[id(modules[name])]} here, and another one in the file"
 
 
-def _check_base(root: nn.Module, file: AdapterFile, path: Path) -> bool:
+def _check_base(root: nn.Module, here: dict[str, str], file: AdapterFile, path: Path) -> bool:
     """Raise a BaseMismatch if the file was made on another base; return whether the base has its dtype here, too."""
-    differ, count, cast = differing(root, file.base, file.parts)
+    differ, count, cast = differing(root, here, file.base, file.parts)
     if differ:
         raise BaseMismatch(
             f"{path} was made on another base: {len(differ)} of {count} layers differ ({shortened(differ)}); the model is "
@@ -251,12 +258,10 @@ def _built(
     """
 
     def saved(key: str, old: Tensor, keep: bool = keep_dtype) -> Tensor:
-        own = tensors[key].dtype
-        wider = own.is_floating_point and torch.promote_types(own, old.dtype) == old.dtype
-        made = tensors[key].to(old.device, own if keep and not wider else old.dtype, copy=True)
-        if made.dtype != tensors[key].dtype and not torch.equal(made.isfinite().cpu(), tensors[key].isfinite()):
-            raise AdapterFileError(f"{path}: {key} overflows {made.dtype}; the model is unchanged")
-        return made
+        try:
+            return fitted(tensors[key], old.dtype, keep).to(old.device)
+        except AdapterFileError as error:
+            raise AdapterFileError(f"{path}: {key} {error}; the model is unchanged") from None
 
     with torch.random.fork_rng(devices=[]):
         built = build(modules, layers, file.owned, lambda name, key, old: saved(tensor_key(OWN, name, key), old), dtype)
@@ -268,7 +273,12 @@ def _built(
     return built
 
 
-def _read(source: OpenFile, file: AdapterFile) -> dict[str, Tensor]:
+def read_tensors(source: OpenFile, file: AdapterFile) -> dict[str, Tensor]:
+    """Return the tensors of an open file.
+
+    Raises:
+        AdapterFileError: if they are not those that were saved.
+    """
     tensors = source.read()
     if digest(tensors.items()) != file.content:
         raise AdapterFileError(

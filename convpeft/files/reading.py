@@ -41,6 +41,8 @@ class OpenFile:
         tensors: shape and dtype by key, sorted.
     """
 
+    CHUNK = 8 * 2**20  # bytes that are read at a time
+
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self._file = path, file
         size = os.fstat(file.fileno()).st_size
@@ -92,17 +94,31 @@ class OpenFile:
         Raises:
             AdapterFileError: if one is not there any more, or of a dtype that has no name here.
         """
-        return {key: self._read(key) for key in self.tensors}
+        return {key: self.tensor(key) for key in self.tensors}
 
-    def _read(self, key: str) -> Tensor:
+    def tensor(self, key: str) -> Tensor:
+        """Return one tensor; see ``read``."""
         (shape, dtype), begin, end = self._places[key]
         if dtype not in DTYPES:
             raise self.damaged(f"{brief(key)} has dtype {shown(dtype)}")
         content = torch.empty(end - begin, dtype=torch.uint8)
         self._file.seek(self._start + begin)
         if end > begin and self._file.readinto(content.numpy().data) != end - begin:  # type: ignore[attr-defined]
-            raise self.damaged("it was changed while it was read")
+            raise self._changed()
         return content.view(DTYPES[dtype]).reshape(shape)
+
+    def chunks(self, key: str) -> Iterator[bytes]:
+        """Yield the bytes of one tensor, at most ``CHUNK`` at a time."""
+        _, begin, end = self._places[key]
+        for start in range(begin, end, self.CHUNK):
+            self._file.seek(self._start + start)
+            content = self._file.read(min(self.CHUNK, end - start))
+            if len(content) != min(self.CHUNK, end - start):
+                raise self._changed()
+            yield content
+
+    def _changed(self) -> AdapterFileError:
+        return self.damaged("it was changed while it was read")
 
 
 @contextmanager

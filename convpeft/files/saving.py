@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from ..hosts.modules import unique_modules
 from ..hosts.unfrozen import check_tensors_present
 from ..injection.switching import note_training
 from .fingerprints import ALGORITHM, digest, fingerprint, parts, plain
-from .header import ADAPTER, FORMAT, METADATA, OWN, STATE, VERSION, seal, tensor_key
+from .header import ADAPTER, FORMAT, METADATA, OWN, STATE, VERSION, modules_of, seal, tensor_key
+from .host_notes import notes_of
 from .writing import write
 
 
@@ -43,20 +44,46 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
     note_training(adapted)
     check_tensors_present({key: (adapted.module(key), None) for key in record.owned})
     tensors = {key: plain(tensor) for key, tensor in _tensors(adapted, name)}
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
+    said = {
         "name": name,
         "spec": record.spec,
         "layers": {key: layer.to_dict() for key, layer in record.layers.items()},
         "owned": record.owned,
         "norm": record.norm,
-        "base": _base(adapted.root),
+    }
+    hosts = notes_of(adapted, name, modules_of(tensors, OWN, STATE))
+    return write_adapter(Path(path), said, _base(adapted.root), tensors, hosts)
+
+
+def write_adapter(
+    path: Path,
+    said: dict[str, Any],
+    base: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    hosts: dict[str, Any] | None,
+) -> Path:
+    """Write an adapter file from its parts, and return the path.
+
+    Args:
+        path: of the file.
+        said: name, spec, layers, owned and norm, as plain data.
+        base: what it says of the base: ``layers``, and ``parts`` if there are any.
+        tensors: by key in the file.
+        hosts: see ``host_notes.notes_of``; None: they are not known.
+
+    Raises:
+        AdapterFileError: if the file cannot be written.
+    """
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        **said,
+        **({} if hosts is None else {"hosts": hosts}),
+        "base": {"algorithm": ALGORITHM, **base},
         "content": digest(sorted(tensors.items())),
         "torch": torch.__version__.split("+")[0],
     }
     text = json.dumps({**metadata, "seal": seal(json.loads(json.dumps(metadata)))})
-    path = Path(path)
     write(path, safetensors_bytes({key: tensor.clone() for key, tensor in tensors.items()}, {METADATA: text}))
     return path
 
@@ -78,7 +105,7 @@ def chosen(adapted: AdaptedModel, name: str | None) -> str:
 
 def _base(root: nn.Module) -> dict[str, Any]:
     """Return what a file says of the base it was made on."""
-    said: dict[str, Any] = {"algorithm": ALGORITHM, "layers": fingerprint(root)}
+    said: dict[str, Any] = {"layers": fingerprint(root)}
     buffers = parts(root)
     return {**said, "parts": buffers} if buffers else said
 

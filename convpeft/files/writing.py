@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import AdapterFileError
 from .reading import kind_of_file
@@ -31,7 +32,19 @@ def write(path: Path, content: bytes) -> None:
     Raises:
         AdapterFileError: if it cannot be written, or is a folder, a pipe or a device.
     """
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write to inside the context, which takes its place at the end; after an error the old one stays.
+
+    Raises:
+        AdapterFileError: if it cannot be written, or is a folder, a pipe or a device.
+    """
     temporary: Path | None = None
+    writing = False
     try:
         target = Path(os.path.realpath(path))
         before = _replaced(target)
@@ -41,7 +54,9 @@ def write(path: Path, content: bytes) -> None:
         temporary = target.with_name(_name_of_part(target.name))
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         with os.fdopen(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
-            file.write(content)
+            writing = True
+            yield file
+            writing = False
             file.flush()
             with _if_offered():
                 os.fsync(file.fileno())
@@ -53,6 +68,8 @@ def write(path: Path, content: bytes) -> None:
             os.chmod(temporary, made if mode is None else mode)
         os.replace(temporary, target)
     except (OSError, ValueError) as error:
+        if writing and not isinstance(error, OSError):  # of the one who writes
+            raise
         raise AdapterFileError(f"{path} cannot be written: {error}") from error
     finally:
         if temporary is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -69,6 +69,15 @@ def is_batchnorm_like(module: nn.Module) -> bool:
 def is_sequence(module: nn.Module) -> bool:
     """Return whether a module runs its children in turn, as ``nn.Sequential`` itself does, and has any."""
     return getattr(base_class(module), "forward", None) is nn.Sequential.forward and len(module) > 0  # type: ignore[arg-type]
+
+
+def last_step(name: str, module: Any) -> tuple[str, nn.Module]:
+    """Return the module whose output is that of a Sequential, with its name: the last step, of the last step, ..."""
+    while is_sequence(module):
+        step = [key for key in module._modules if key != SLOT][-1]
+        name = f"{name}.{step}" if name else step
+        module = module._modules[step]
+    return name, module
 
 
 def device_and_dtype(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:

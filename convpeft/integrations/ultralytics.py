@@ -1,7 +1,7 @@
 """ultralytics: train adapters with ``YOLO.train``, run adapted models where ultralytics fuses, and fuse merged ones.
 
-ultralytics is licensed AGPL-3.0 and not imported with this module: only ``trainer`` does, when a training begins. Blocks to fuse
-are known by their parts.
+ultralytics is licensed AGPL-3.0 and not imported with this module: only ``trainer`` does, when a training begins, and
+``from_config``, when it is called. Blocks to fuse are known by their parts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import HostError
+from ..errors import HostError, OptionError
 from ..files.header import AdapterFile
 from ..files.loading import load_adapter as load_into
 from ..hosts.chains import carries_chains, chains_of
@@ -155,6 +155,26 @@ def _module(yolo: Any) -> nn.Module:
     """Return the module of a ``YOLO``; a module is returned itself."""
     held = yolo._modules.get("model") if isinstance(yolo, nn.Module) else None
     return held if held is not None and hasattr(type(yolo), "task_map") else yolo
+
+
+def from_config(config: str, **arguments: Any) -> nn.Module:
+    """Return a model of ultralytics built from one of its configurations, without weights; this imports ultralytics.
+
+    Args:
+        config: ``yolov8n.yaml`` or another; a file of weights is refused, since ultralytics would unpickle or download it.
+        arguments: of ultralytics' ``YOLO``.
+
+    Raises:
+        OptionError: if it is no configuration.
+    """
+    if not config.endswith((".yaml", ".yml")):
+        raise OptionError(
+            f"{config!r} is no configuration of ultralytics: give one that ends in .yaml, such as yolov8n.yaml"
+        )
+    from ultralytics import YOLO
+
+    model: Any = YOLO(config, **arguments).model
+    return model  # type: ignore[no-any-return]
 
 
 def fuse(model: nn.Module) -> nn.Module:

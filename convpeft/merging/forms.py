@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import Adapter, exact
+from ..adapters.base import Adapter, Place, exact
 from ..convolution.geometry import PLAIN_HOSTS, ConvGeometry
-from ..convolution.kernels import Chain, ConvKernel, add_kernels, balanced, compose, embed_on_grid
+from ..convolution.kernels import Chain, ConvKernel, add_kernels, balanced, compose, embed_on_grid, times
 from ..errors import GeometryError, MergeError, ShapeMismatch
 from ..hosts.slots import Entry, base_class
 
@@ -38,6 +38,54 @@ class Job:
     target: nn.Module
     adapters: tuple[Adapter, ...]
     entry: Entry
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What the form of one layer is worked out from, of a model or of files.
+
+    Attributes:
+        name: of the adapted module.
+        class_name: of the module that takes the merged result.
+        host: that module's own kernel in float64; None where it has none.
+        computed: which of its tensors is no parameter that a merge could replace, in words; empty if all are.
+        adapters: on this layer, in order.
+        entry: the adapted entry of the module's output.
+        coefficients: that the adapters' updates are multiplied with; unset, each counts as it is.
+    """
+
+    name: str
+    class_name: str
+    host: ConvKernel | None
+    computed: str
+    adapters: tuple[Adapter, ...]
+    entry: Entry = None
+    coefficients: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, job: Job) -> Operands:
+        """Return those of an adapted layer of a model."""
+        computed = _computed(job.target) if isinstance(job.target, PLAIN_HOSTS) else ""
+        class_name = base_class(job.target).__name__
+        return cls(job.name, class_name, host_kernel(job.target), computed, job.adapters, job.entry)
+
+    def chains(self, place: Place) -> list[Chain]:
+        """Return the adapters' equivalent convolutions at one place, each times its coefficient.
+
+        Raises:
+            MergeError: if an adapter has none, or none with this layer.
+        """
+        coefficients = self.coefficients or (1.0,) * len(self.adapters)
+        pairs = zip(self.adapters, coefficients, strict=True)
+        return [times(self._chain(adapter), factor) for adapter, factor in pairs if adapter.site.place == place]
+
+    def _chain(self, adapter: Adapter) -> Chain:
+        """Return an adapter's chain, which may depend on the host's own kernel."""
+        if adapter.site.place == "output" or not adapter.reads_host:
+            return adapter.chain()
+        if self.host is None or not _is_finite(self.host):
+            raise MergeError(self.computed if self.host is None else _NOT_FINITE)
+        return adapter.chain(self.host)
 
 
 @dataclass(frozen=True)
@@ -86,35 +134,29 @@ def solve(job: Job, form: str) -> Merged:
         form: ``auto`` takes fewer multiply-accumulates, ``single`` and ``factored`` insist. A kernel that does not grow
             is absorbed in any case: nothing is cheaper.
     """
-    refused = Merged("kept", before=base_class(job.target).__name__)
-    host = host_kernel(job.target)
+    return solve_kernels(Operands.of(job), form)
+
+
+def solve_kernels(operands: Operands, form: str) -> Merged:
+    """Return the merged form of one layer from its kernels alone; see ``solve``."""
+    host, refused = operands.host, Merged("kept", before=operands.class_name)
     try:
-        beside = [_chain_beside(adapter, host, job) for adapter in job.adapters if adapter.site.place == "parallel"]
-        after = [adapter.chain() for adapter in job.adapters if adapter.site.place == "output"]
+        beside, after = operands.chains("parallel"), operands.chains("output")
     except (MergeError, GeometryError) as error:
         return refused.kept(str(error))
     kernels = [step for chain in (*beside, *after) for step in chain]
     if not all(_is_finite(kernel) for kernel in kernels):
         return refused.kept("an adapter has non-finite weights")
-    if host is None and isinstance(job.target, PLAIN_HOSTS):
-        return refused.kept(_computed(job.target))
+    if operands.computed:
+        return refused.kept(operands.computed)
     if host is not None and not _is_finite(host):
         return refused.kept(_NOT_FINITE)
-    if host is not None and job.entry is None and _is_foldable(host, after):
+    if host is not None and operands.entry is None and _is_foldable(host, after):
         beside += [(compose([host, *chain]),) for chain in after]
         return _beside(host, beside, form)
     if beside and after:
         return refused.kept("it has adapters beside it and on its output that do not fold into one kernel")
-    return _beside(host, beside, form) if beside and host else _after(job, after, form)
-
-
-def _chain_beside(adapter: Adapter, host: ConvKernel | None, job: Job) -> Chain:
-    """Return a parallel adapter's chain, which may depend on the host's own kernel."""
-    if not adapter.reads_host:
-        return adapter.chain()
-    if host is None or not _is_finite(host):
-        raise MergeError(_computed(job.layer) if host is None else _NOT_FINITE)
-    return adapter.chain(host)
+    return _beside(host, beside, form) if beside and host else _after(operands.class_name, after, form)
 
 
 def host_kernel(layer: nn.Module) -> ConvKernel | None:
@@ -206,20 +248,20 @@ def _with_bias(chains: Sequence[Chain], bias: Tensor | None) -> tuple[Chain, ...
     return ((*steps, replace(last, bias=whole)), *others)
 
 
-def _after(job: Job, chains: Sequence[Chain], form: str) -> Merged:
+def _after(class_name: str, chains: Sequence[Chain], form: str) -> Merged:
     factored = sum(chain_macs(chain) for chain in chains)
     single = _one_kernel(chains)
     rows = Merged(
         "kept",
         beside=False,
-        before=base_class(job.target).__name__,
+        before=class_name,
         macs_single=None if single is None else single.geometry.macs,
         macs_factored=factored,
     )
     if single is not None and (form == "single" or (form == "auto" and single.geometry.macs <= factored)):
-        after = f"{base_class(job.target).__name__} + {single.geometry}"
+        after = f"{class_name} + {single.geometry}"
         return replace(rows, form="single", chains=((single,),), after=after, reason="one convolution on the output")
-    after = f"{base_class(job.target).__name__} + {' + '.join(describe(chain) for chain in chains)}"
+    after = f"{class_name} + {' + '.join(describe(chain) for chain in chains)}"
     chains = tuple(balanced(chain) for chain in chains)
     return replace(rows, form="factored", chains=chains, after=after, reason="a plain chain on the output")
 

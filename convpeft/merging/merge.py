@@ -16,9 +16,8 @@ from ..hosts.chains import attach_chains, set_bias
 from ..hosts.journal import Journal, all_modules, all_parameters, named_parameters
 from ..hosts.kept import users_modules
 from ..hosts.model import ATTRIBUTE, AdaptedModel
-from ..hosts.modules import base_modules, device_and_dtype, is_sequence
+from ..hosts.modules import base_modules, device_and_dtype, last_step
 from ..hosts.rewriting import mentioned
-from ..hosts.slots import SLOT
 from ..hosts.transaction import change, with_normal_tensors
 from ..hosts.transactions import protect
 from ..hosts.trials import deep_copy, set_requires_grad
@@ -180,7 +179,7 @@ def _jobs(adapted: AdaptedModel) -> list[Job]:
     taken: set[int] = set()
     for name in sorted(on, key=order.__getitem__):
         layer = adapted.module(name)
-        target_name, target = _last_step(name, layer)
+        target_name, target = last_step(name, layer)
         is_taken = target_name in on or id(target) in taken or count[id(target)] > 1
         if target is not layer and (is_taken or isinstance(target, torch.jit.ScriptModule)):
             target_name, target = name, layer
@@ -190,15 +189,6 @@ def _jobs(adapted: AdaptedModel) -> list[Job]:
             Job(name, target_name, layer, target, tuple(adapted.adapter(name, each) for each in on[name]), entry)
         )
     return jobs
-
-
-def _last_step(name: str, module: Any) -> tuple[str, nn.Module]:
-    """Return the module whose output is that of a Sequential, with its name: the last step, of the last step, ..."""
-    while is_sequence(module):
-        step = [key for key in module._modules if key != SLOT][-1]
-        name = f"{name}.{step}" if name else step
-        module = module._modules[step]
-    return name, module
 
 
 def _cast(job: Job, layer: nn.Module | None, chains: list[nn.Sequential], root: nn.Module) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ..planning.tables import table
-from .forms import Form, Job, Merged
+from .forms import Form, Job, Merged, Operands
 
 FORMS = ("auto", "single", "factored")
 
@@ -35,7 +35,7 @@ class MergeRow:
     reason: str
 
     @classmethod
-    def of(cls, job: Job, merged: Merged) -> MergeRow:
+    def of(cls, job: Job | Operands, merged: Merged) -> MergeRow:
         """Return the row of a layer that was worked out."""
         after = None if merged.form == "kept" else merged.macs_after
         costs = (merged.macs_before, after, merged.macs_single, merged.macs_factored)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import convpeft
+from convpeft.files import fingerprints
 from tests.adapter_files import Other, Small, assert_refused, base, picture, trained
 from tests.cases import bits, same_bits
 
@@ -139,3 +142,57 @@ def test_another_class_with_the_same_layers_is_fine(original):
     model = base(kind=Other)
     convpeft.load_adapter(model, original)
     assert torch.equal(model(picture()), trained(base())(picture()))
+
+
+def _changes():
+    """Yield ways to write to a weight, by name: through torch, and past its versions."""
+
+    def swap(weight):  # keeps every sum over all of it
+        values = weight.data.view(-1)
+        first = values[:2].clone()
+        values[:2], values[6000:6002] = values[6000:6002].clone(), first
+
+    yield "in place", lambda layer: layer.weight.detach().mul_(2)
+    yield "data", lambda layer: layer.weight.data.add_(1e-6)
+    yield "one value", lambda layer: layer.weight.data.view(-1)[12345].add_(1e-6)
+    yield "numpy", lambda layer: layer.weight.detach().numpy().__setitem__((0, 0), 3.0)
+    yield "swapped values", lambda layer: swap(layer.weight)
+    yield "another parameter", lambda layer: setattr(layer, "weight", torch.nn.Parameter(layer.weight.detach() + 1))
+    yield "the last bytes", lambda layer: layer.bias.data[-1:].add_(1)
+
+
+@pytest.mark.parametrize(("_", "change"), [pytest.param(*each, id=each[0]) for each in _changes()])
+def test_a_base_is_hashed_again_only_if_something_wrote_to_it(monkeypatch, _, change):
+    hashed = []
+    monkeypatch.setattr(
+        fingerprints, "digest", lambda own, digest=fingerprints.digest: (hashed.append(1), digest(own))[1]
+    )
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(200, 333), torch.nn.Linear(7, 7))
+    first = fingerprints.fingerprint(model)
+    assert len(hashed) == 2
+    assert fingerprints.fingerprint(model) == first
+    assert len(hashed) == 3  # the small one: finding out would take as long
+    change(model[0])
+    second = fingerprints.fingerprint(model)
+    assert second["0"] != first["0"]
+    assert second["0"] == fingerprints.digest(list(model[0].named_parameters()))
+    assert second["1"] == first["1"]
+
+
+def test_a_copy_and_odd_tensors_are_hashed_for_themselves():
+    model = torch.nn.Sequential(torch.nn.Linear(200, 333))
+    first = fingerprints.fingerprint(model)
+    twin = copy.deepcopy(model)
+    assert fingerprints.fingerprint(twin) == first
+    twin[0].weight.data.add_(1)
+    assert fingerprints.fingerprint(twin) != first
+    odd = torch.nn.Module()
+    whole = torch.randn(40_001)
+    odd.register_buffer("shifted", whole[1:])  # its bytes begin at no multiple of 8
+    odd.register_buffer("halves", torch.randn(9999).half())
+    odd.register_buffer("empty", torch.empty(0, 3))
+    again = [fingerprints.fingerprint(odd) for _ in range(2)]
+    assert again[0] == again[1]
+    whole[-1] += 1
+    assert fingerprints.fingerprint(odd) != again[0]

@@ -4,7 +4,8 @@
     python -m examples.yolo_world ensemble --adapter A B C --coefficients 0.5 0.3 0.2 --method boxes --out DIR
 
 In weight space the ensemble costs no more than one adapter: ``base + sum_i w_i (adapter_i - base)``, layer by layer, written
-as a plain checkpoint (``merged.pt`` for ``--weights``, ``merged.safetensors``). That is a sum of kernels, so it is exact for
+as a plain checkpoint (``merged.pt`` for ``--weights``, ``merged.safetensors``), and as one adapter (``adapter.safetensors``, by
+``convpeft.combine``) where the sum is one. That is a sum of kernels, so it is exact for
 every kind that is a convolution, and for unfrozen weights. Otherwise each adapter predicts on its own and the boxes are fused.
 """
 
@@ -284,6 +285,18 @@ def combine(
     return merged, "weights are summed: every adapter is a sum of kernels"
 
 
+def write_adapter(args: argparse.Namespace, session: Any) -> list[Path]:
+    """Write the sum as one adapter file, where it is one: it can be switched beside others, as the merged weights cannot."""
+    path: Path = args.out / "adapter.safetensors"
+    try:
+        done = convpeft.combine(args.adapter, args.coefficients, out=path, name="ensemble")
+    except (convpeft.MergeError, convpeft.AdapterConflict, convpeft.AdapterFileError) as error:
+        session.say(f"no adapter file of the sum: {str(error).splitlines()[0]}")
+        return []
+    session.say(str(done))
+    return [done.path]
+
+
 def run_all(
     args: argparse.Namespace, model: nn.Module, names: Sequence[str], merged: nn.Module | None, data: DetectionImages, texts: Tensor
 ) -> tuple[dict[str, Report], list[Tensor]]:  # fmt: skip
@@ -315,7 +328,9 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     reports, boxes = run_all(args, model, names, merged, data.test, data.texts)
     table = markdown(reports)
     print(f"\n{table}\n", flush=True)
-    files = [] if merged is None else write_model(use_classes(merged, data.texts), args.out)
+    files = (
+        [] if merged is None else write_model(use_classes(merged, data.texts), args.out) + write_adapter(args, session)
+    )
     results: dict[str, Any] = {
         "method": "boxes" if merged is None else "weights", "why": why, "coefficients": coefficients, "reports": reports,
         "classes": data.classes, "options": vars(args), "versions": versions(),
