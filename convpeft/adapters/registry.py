@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from ..convolution.modes import making_on
 from ..errors import RegistrationError, UnknownKind, closest, shown
 from .base import Adapter, Site
 from .options import AdapterOptions
@@ -134,5 +135,5 @@ def make_adapter(kind: str, site: Site, options: AdapterOptions, device: torch.d
     Raises:
         UnknownKind: with the nearest registered names.
     """
-    with torch.device(device):
+    with making_on(torch.device(device)):
         return adapter_class(kind)(site, options)

@@ -15,6 +15,7 @@ from ..adapters.lora import Lora
 from ..adapters.options import read_options
 from ..convolution.geometry import PLAIN_HOSTS, ConvGeometry
 from ..convolution.kernels import ConvKernel, compose
+from ..convolution.modes import making_on
 from ..convolution.precision import floating_dtype
 from ..convolution.spectrum import Spectrum
 from ..errors import HostError, OptionError, SpecError, StateError, shortened, shown
@@ -292,7 +293,7 @@ def _given(
     if read is None:
         raise problems[0]
     geometry = ConvGeometry.of(module)
-    with torch.device("meta"):
+    with making_on(torch.device("meta")):
         draft = Lora(Site("parallel", geometry), read)  # type: ignore[arg-type]
     values = {key: torch.zeros(tensor.shape, dtype=torch.float64) for key, tensor in draft.state_dict().items()}
     if spectrum is not None:

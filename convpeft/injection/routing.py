@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..convolution.modes import modes_kept
 from ..convolution.nodes import is_compiling
 from ..errors import StateError
 from ..hosts.journal import Journal
@@ -64,7 +65,7 @@ def route(
     try:
         try:
             router.enter()
-            with router.origins:
+            with modes_kept(), router.origins:
                 yield model
         finally:
             router.leave()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,15 @@ def in_package(name: str | Path, folder: str = "") -> str | Path:
     if not isinstance(name, str) or set(name) & set("./\\") or not name:
         return name
     known = {path.stem: path for path in sorted((RECIPES / folder).glob("*.yaml"))}
-    if name in known or Path(name).is_file():
-        return known.get(name, name)
+    if name in known:
+        return known[name]
+    try:
+        os.stat(name)
+        return name
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError):  # too long, or with a zero in it: reading it says so
+        return name
     what = "alias file" if folder else "recipe"
     near = closest(name, known)
     hint = f"Closest: {near}. " if near else ""

@@ -41,6 +41,23 @@ def classes(model: nn.Module) -> list[tuple[str, type]]:
     return [(name, type(module)) for name, module in model.named_modules()]
 
 
+def test_a_seed_gives_the_same_base_whatever_was_built_before():
+    from ultralytics.nn.modules.head import Detect
+    from ultralytics.nn.tasks import DetectionModel
+
+    from examples.yolo_world.training.model import build_world_model
+
+    before = Detect.legacy
+    first = build_world_model("n").state_dict()
+    try:
+        DetectionModel("yolov8n.yaml", verbose=False)
+        assert Detect.legacy
+        assert all(torch.equal(value, first[key]) for key, value in build_world_model("n").state_dict().items())
+        assert Detect.legacy
+    finally:
+        Detect.legacy = before
+
+
 @every_scale
 def test_injecting_changes_no_output(scale):
     model = world(scale)

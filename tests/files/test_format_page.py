@@ -53,7 +53,7 @@ def test_it_reads_files_of_version_1_as_convpeft_does(path, read):
     assert (said["name"], said["spec"], said["owned"]) == (ours.name, ours.spec, ours.owned)
     assert (said["norm"], said["content"], said["base"]["layers"]) == (ours.norm, ours.content, ours.base)
     for layer, record in ours.layers.items():
-        assert said["layers"][layer] == json.loads(json.dumps(vars(record)))
+        assert said["layers"][layer] == json.loads(json.dumps(record.to_dict()))
 
 
 def test_there_is_a_file_of_each_kind():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...convolution.comparison import compare
 from ...convolution.geometry import ConvGeometry, random_input
+from ...convolution.modes import making_on
 from .layers import change_of, stand_in, without_host, wrap
 
 _MOST = 2**26  # elements in the parameters and buffers of one adapter: half a gigabyte in float64
@@ -59,7 +60,7 @@ def _build(method: str, options: dict[str, Any], shape: ConvGeometry, seed: int)
 
 def _check_size(method: str, options: dict[str, Any], shape: ConvGeometry) -> None:
     try:
-        with torch.device("meta"):
+        with making_on(torch.device("meta")):
             draft = without_host(wrap(method, options, stand_in(shape)))
     except Exception:  # some methods cannot be built on meta; any other error is raised again by the next check
         return

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,30 @@ def build_world_model(scale: str, *, class_count: int = 4, seed: int = 0) -> nn.
     from ultralytics.nn.tasks import WorldModel
 
     torch.manual_seed(seed)
-    model = WorldModel(f"yolov8{scale}-worldv2.yaml", nc=class_count, verbose=False)
+    with _heads_as_at_first():
+        model = WorldModel(f"yolov8{scale}-worldv2.yaml", nc=class_count, verbose=False)
     for module in model.modules():
         if isinstance(module, BNContrastiveHead):
             nn.init.constant_(module.bias, -5.0)
             nn.init.constant_(module.logit_scale, 0.0)
     model.args = loss_gains()
     return model
+
+
+@contextmanager
+def _heads_as_at_first() -> Iterator[None]:
+    """Build heads as in a fresh process inside the context.
+
+    Building a YOLOv8 sets ``Detect.legacy`` for all heads that are built after it; a WorldModel then draws more random
+    numbers, and the same seed gives another base.
+    """
+    from ultralytics.nn.modules.head import Detect
+
+    before, Detect.legacy = Detect.legacy, False
+    try:
+        yield
+    finally:
+        Detect.legacy = before
 
 
 def load_world_model(path: Path) -> nn.Module:
