@@ -40,7 +40,7 @@ mutants: $(VENV)/.installed-example,commands,detectors,trainers,test
 	$(BIN)/python -m tests.mutants
 
 nightly: $(VENV)/.installed-example,commands,detectors,trainers,test
-	$(BIN)/python -m pytest tests/merging tests/properties tests/files/test_hostile.py tests/injection/test_interrupts.py tests/usage tests/detectors tests/examples tests/integrations --nightly -s $(ARGS)
+	$(BIN)/python -m pytest tests/merging tests/properties tests/files/test_hostile.py tests/injection/test_interrupts.py tests/usage tests/detectors tests/examples tests/integrations tests/commands tests/adapters --nightly -s $(ARGS)
 
 benchmarks: $(VENV)/.installed-example,benchmarks
 	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks $(ARGS)  # waking threads that sleep would be measured

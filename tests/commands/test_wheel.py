@@ -16,6 +16,7 @@ from tests.files.test_file_merge import base_file, net, saved
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_command_of_the_wheel_works_without_the_source_tree(tmp_path):
     source, site, work = tmp_path / "source", tmp_path / "site", tmp_path / "work"

@@ -84,6 +84,7 @@ def operators(path: Path):
     return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_onnx_has_the_bases_operators_and_gives_the_adapted_models_output(place, tmp_path, capsys, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
