@@ -20,7 +20,7 @@ from convpeft import ConvGeometry
 TESTS = ["tests/convolution/test_geometry.py", "tests/merging/test_merge.py::test_merged_is_adapted"]
 SUBSET = (
     "reference_and_geometry or build or plain_data or output_size or imprint"
-    " or (lora-parallel-rank and auto and not dora and not rslora)"
+    " or (lora-parallel-rank and (auto or linear) and not dora and not rslora)"
 )
 # read from a layer, run, written onto a layer, kept in a file, read from a file
 PLACES = ("of", "convolve", "imprint", "to_dict", "from_dict")

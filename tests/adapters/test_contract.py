@@ -145,7 +145,7 @@ def test_forward_is_the_formula(case, variant):
     assert_relative(model.layer(x), own + update)
 
 
-@CONTRACT
+@pytest.mark.parametrize(("case", "variant"), HALF)
 def test_gradients_reach_the_adapter_alone(case, variant):
     model, x = adapted(case, variant), case.input()
     model(x).square().sum().backward()
@@ -158,7 +158,7 @@ def test_gradients_reach_the_adapter_alone(case, variant):
             assert not parameter.requires_grad, name
 
 
-@CONTRACT
+@pytest.mark.parametrize(("case", "variant"), HALF)
 def test_eject_gives_the_very_layer_back(case, variant):
     model, x = net(case), case.input()
     model.stem.requires_grad_(False)

@@ -39,6 +39,7 @@ def test_they_compile_whole_in_training_and_eval(variant):
             assert_relative(got, expected)
 
 
+@pytest.mark.nightly
 @IN_SHORT
 @torch.no_grad()
 def test_they_export(variant):

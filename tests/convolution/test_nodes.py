@@ -37,7 +37,8 @@ def test_a_convolution_with_factors_has_the_gradients_of_the_plain_one(settings,
     assert_relative(run(x, *factors[:2]), layer(x) + F.conv2d(hidden, factors.up, groups=layer.groups))
     assert type(run(x, *factors[:2]).grad_fn).__name__ == "_ConvolutionBackward"
     assert torch.autograd.gradcheck(run, (x, *factors[:2]))
-    assert torch.autograd.gradgradcheck(run, (x, *factors[:2]))
+    if settings in (LAYERS["1x1"], LAYERS["groups2"]):  # all layers: test_second_gradients.py
+        assert torch.autograd.gradgradcheck(run, (x, *factors[:2]))
     assert torch.autograd.gradcheck(run, (x.detach(), *factors[:2]))
 
 

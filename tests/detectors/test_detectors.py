@@ -41,7 +41,7 @@ def test_rep_mona_on_every_convolution(family: str, bench_of: BenchOf) -> None:
     merges(bench, bench.scramble(model), bare)
 
 
-@families
+@the_others_at_night
 def test_check_names_the_layers_that_take_no_part_in_inference(family: str, bench_of: BenchOf) -> None:
     bench = bench_of(family)
     report = convpeft.check(bench.attached(), *bench.subject.arguments(bench.subject.images()))

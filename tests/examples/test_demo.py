@@ -112,6 +112,7 @@ def test_training_moves_the_adapters(results):
         assert min(curves["factors"]) > 0
 
 
+@pytest.mark.nightly
 def test_own_data_own_weights_and_own_texts(tmp_path):
     import torch
     from safetensors.torch import save_file

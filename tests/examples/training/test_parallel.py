@@ -113,6 +113,7 @@ def test_the_adapter_of_a_sharded_run_is_the_one_of_the_others(folder, results):
     assert not torch.allclose(outputs["ddp"], outputs[None], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_the_command_runs_under_torchrun(folder):
     spec = folder / "spec.yaml"
     spec.write_text("rules: [{match: 'model.12.cv2.conv', kind: moe_rep_mona, rank: 4}]", encoding="utf-8")
