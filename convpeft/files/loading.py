@@ -253,8 +253,8 @@ def _built(
     """Return what is to be installed, with the file's tensors.
 
     On the very base they keep their dtype, unless the model's holds all of its numbers and more: then nothing is lost
-    by the model's, and the layers run. On another base, or on this one in another dtype, they get the model's. ``dtype`` is that of the adapters in either
-    case, if it is given.
+    by the model's, and the layers run. On another base, or on this one in another dtype, they get the model's. ``dtype``
+    is that of the adapters in either case, if it is given.
     """
 
     def saved(key: str, old: Tensor, keep: bool = keep_dtype) -> Tensor:
